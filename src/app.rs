@@ -29,13 +29,13 @@ use crate::{
         self, CaptureMode, CaptureScope, Config, ConsumerLimit, Instance,
         Provider as ProviderChoice,
     },
-    control::{Control, Limits, Settings, Waiting},
+    control::{AwaitedParts, Control, Limits, TableSettings},
     discovery,
     docker::{self, follow::Follower},
     events::Events,
     kernel::{self, KernelPath},
     limits,
-    listening::{self, Listener},
+    listening::{self, PortHolder},
     memory::{self, Memory},
     model::Port,
     path::Paths,
@@ -57,8 +57,8 @@ use crate::{
 
 mod takeover;
 
-pub use takeover::Event;
 use takeover::Found;
+pub use takeover::TakeoverEvent;
 
 /// A running embassy.
 #[derive(Debug)]
@@ -133,7 +133,7 @@ impl App {
             CaptureMode::None | CaptureMode::Dnat | CaptureMode::Redirect => None,
         };
         let readiness = Readiness::default();
-        let waiting = Waiting {
+        let waiting = AwaitedParts {
             listing: readiness.wait_for(Part::Listing),
             answers: readiness.wait_for(Part::Discovery),
         };
@@ -546,7 +546,7 @@ fn open_admin(at: &config::Admin, inherited: Option<OwnedFd>) -> Result<Listenin
 }
 
 /// That embassy cannot listen, and, if another program does, which one.
-fn in_use(error: io::Error, what: &str, who: impl FnOnce() -> Listener) -> anyhow::Error {
+fn in_use(error: io::Error, what: &str, who: impl FnOnce() -> PortHolder) -> anyhow::Error {
     let who = match error.kind() {
         io::ErrorKind::AddrInUse => who().already(),
         _ => String::new(),
@@ -567,8 +567,8 @@ async fn remove_leftovers(port: Port) -> Result<Option<Lock>> {
             // As a rule it listens at the same port.
             let any = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port.get());
             let who = match listening::at(any) {
-                Listener::Process(holder) => format!(" ({holder} listens at port {port})"),
-                Listener::Nobody | Listener::Hidden => String::new(),
+                PortHolder::Process(holder) => format!(" ({holder} listens at port {port})"),
+                PortHolder::Nobody | PortHolder::Hidden => String::new(),
             };
             Err(anyhow!(
                 "another embassy captures in this network namespace{who}: one serves all its containers; stop it first, or take over from it with --takeover"
@@ -644,7 +644,7 @@ pub(crate) fn learn(
     resync: &ResyncRequests,
     refused: Arc<Refused>,
     events: Events,
-    waiting: Waiting,
+    waiting: AwaitedParts,
 ) -> Result<Control, InterfaceError> {
     let mut discoveries = config.discoveries.clone();
     let provider = match &config.provider {
@@ -661,7 +661,7 @@ pub(crate) fn learn(
     };
     let bell = Arc::<Notify>::default();
     let listing = provider.start(resync, bell.clone());
-    let settings = Settings {
+    let settings = TableSettings {
         vips: config.vips.clone(),
         own_port: config.port,
         capture: config.capture,

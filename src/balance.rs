@@ -35,7 +35,7 @@ pub struct EndpointState {
     silent: AtomicBool,
     /// A connection to it opened that is no consumer's.
     reached: AtomicBool,
-    /// The result of active checks: a number of [`Checked`].
+    /// The result of active checks: a number of [`CheckResult`].
     checked: AtomicU8,
     /// When a pick by least connections first saw it; 0 before.
     seen: AtomicU64,
@@ -60,7 +60,7 @@ pub struct EndpointState {
 /// The result of an endpoint's active checks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Checked {
+pub enum CheckResult {
     /// No binding has a check, or there is no result yet.
     Not,
     Passes,
@@ -88,7 +88,7 @@ impl EndpointState {
             drained: AtomicBool::new(false),
             silent: AtomicBool::new(false),
             reached: AtomicBool::new(false),
-            checked: AtomicU8::new(Checked::Not as u8),
+            checked: AtomicU8::new(CheckResult::Not as u8),
             seen: AtomicU64::new(0),
             endpoint,
             ejected_until: AtomicU64::new(0),
@@ -251,9 +251,9 @@ impl EndpointState {
             self.silent.store(false, Relaxed);
             self.aside_until.store(0, Relaxed);
             self.reached.store(true, Relaxed);
-            Checked::Passes
+            CheckResult::Passes
         } else if self.failed_checks.fetch_add(1, Relaxed) + 1 >= Self::FALL {
-            Checked::Fails
+            CheckResult::Fails
         } else {
             return false;
         };
@@ -263,15 +263,15 @@ impl EndpointState {
     /// Active checks have ended.
     pub fn not_checked(&self) {
         self.failed_checks.store(0, Relaxed);
-        self.checked.store(Checked::Not as u8, Relaxed);
+        self.checked.store(CheckResult::Not as u8, Relaxed);
     }
 
     /// The result of active checks.
-    pub fn check(&self) -> Checked {
+    pub fn check(&self) -> CheckResult {
         match self.checked.load(Relaxed) {
-            passes if passes == Checked::Passes as u8 => Checked::Passes,
-            fails if fails == Checked::Fails as u8 => Checked::Fails,
-            _ => Checked::Not,
+            passes if passes == CheckResult::Passes as u8 => CheckResult::Passes,
+            fails if fails == CheckResult::Fails as u8 => CheckResult::Fails,
+            _ => CheckResult::Not,
         }
     }
 
@@ -283,7 +283,9 @@ impl EndpointState {
 
     /// Whether, as far as is known, it has no failures and no failed check, and this host can reach it.
     pub fn is_trusted(&self) -> bool {
-        self.failures.load(Relaxed) == 0 && self.check() != Checked::Fails && !self.was_set_aside()
+        self.failures.load(Relaxed) == 0
+            && self.check() != CheckResult::Fails
+            && !self.was_set_aside()
     }
 
     /// Whether the last that is known of it is a connection that opened: a consumer's, or embassy's own.
@@ -294,7 +296,7 @@ impl EndpointState {
 
     /// Whether it is skipped as long as there is another endpoint.
     pub fn is_ejected(&self, now: Millis) -> bool {
-        if self.check() == Checked::Fails || self.is_aside(now) {
+        if self.check() == CheckResult::Fails || self.is_aside(now) {
             return true;
         }
         self.failures.load(Relaxed) != 0
@@ -304,7 +306,7 @@ impl EndpointState {
     /// Whether a connection may use it now. After an ejection, only one caller gets `true`: its connection is the probe,
     /// and the others wait for its result.
     fn admit(&self, now: Millis) -> bool {
-        if self.check() == Checked::Fails || self.is_aside(now) {
+        if self.check() == CheckResult::Fails || self.is_aside(now) {
             return false;
         }
         if self.failures.load(Relaxed) == 0 {
@@ -354,8 +356,8 @@ impl EndpointState {
             silent: self.is_silent(),
             drained: self.is_drained(),
             failed_checks: self.failed_checks.load(Relaxed),
-            check_fails: self.check() == Checked::Fails,
-            check_passes: self.check() == Checked::Passes,
+            check_fails: self.check() == CheckResult::Fails,
+            check_passes: self.check() == CheckResult::Passes,
             seen_for: (seen != 0).then(|| now.0.saturating_sub(seen)),
             ejected_for: rest(&self.ejected_until),
             probed_for: rest(&self.probed_until),
@@ -374,9 +376,9 @@ impl EndpointState {
         self.drained.store(known.drained, Relaxed);
         self.failed_checks.store(known.failed_checks, Relaxed);
         let checked = match (known.check_fails, known.check_passes) {
-            (true, _) => Checked::Fails,
-            (false, true) => Checked::Passes,
-            (false, false) => Checked::Not,
+            (true, _) => CheckResult::Fails,
+            (false, true) => CheckResult::Passes,
+            (false, false) => CheckResult::Not,
         };
         self.checked.store(checked as u8, Relaxed);
         if let Some(age) = known.seen_for {
@@ -924,7 +926,7 @@ mod tests {
             assert!(!two.checked(false), "once may be a packet lost");
             assert!(two.checked(false));
             assert!(!two.checked(false));
-            assert_eq!((one.check(), two.check()), (Checked::Not, Checked::Fails));
+            assert_eq!((one.check(), two.check()), (CheckResult::Not, CheckResult::Fails));
             // Only a passing check or the end of the checks ends this state.
             two.succeeded(Duration::from_millis(1));
             let picked = |now| {

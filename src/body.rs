@@ -24,19 +24,19 @@ const QUICK: usize = 64 << 10;
 
 /// Places for the large answers of one peer, and threads to parse them. Each peer has its own. Clones share them.
 #[derive(Debug, Clone)]
-pub(crate) struct Places {
+pub(crate) struct AnswerPlaces {
     bodies: Arc<Semaphore>,
     threads: Arc<Semaphore>,
 }
 
-impl Default for Places {
+impl Default for AnswerPlaces {
     fn default() -> Self {
         let places = |count| Arc::new(Semaphore::new(count));
         Self { bodies: places(Self::AT_A_TIME), threads: places(Self::THREADS) }
     }
 }
 
-impl Places {
+impl AnswerPlaces {
     /// Number of large answers at a time. Others wait, and so does the peer.
     const AT_A_TIME: usize = 3;
     /// Number of them that are parsed at a time, so that a slow one does not delay the next.
@@ -63,7 +63,7 @@ impl Body {
         &mut self,
         piece: &[u8],
         largest: usize,
-        places: &Places,
+        places: &AnswerPlaces,
     ) -> std::result::Result<Duration, TooLong> {
         let mut waited = Duration::ZERO;
         let length = self.bytes.len() + piece.len();
@@ -87,7 +87,7 @@ impl Body {
     /// The result of `parse`. A large answer is parsed on another thread.
     pub(crate) async fn parsed<T: Send + 'static>(
         self,
-        places: &Places,
+        places: &AnswerPlaces,
         parse: impl FnOnce(&[u8]) -> T + Send + 'static,
     ) -> T {
         places.aside(self.bytes.len(), move || parse(&self.bytes)).await
@@ -95,7 +95,7 @@ impl Body {
 }
 
 #[cfg(test)]
-impl Places {
+impl AnswerPlaces {
     /// Number of further large answers for which there is a place.
     pub(crate) fn free(&self) -> usize {
         self.bodies.available_permits()
@@ -111,7 +111,7 @@ pub(crate) fn is_large(bytes: usize) -> bool {
     bytes > QUICK
 }
 
-impl Places {
+impl AnswerPlaces {
     /// Does work on this many bytes of the peer's: immediately, or on another thread if it would delay other tasks.
     pub(crate) async fn aside<T: Send + 'static>(
         &self,
@@ -162,7 +162,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_body_has_an_end_and_few_are_large_at_a_time() {
-        let places = Places::default();
+        let places = AnswerPlaces::default();
         let mut body = Body::default();
         assert_eq!(body.add(b"abc", 4, &places).await, Ok(Duration::ZERO));
         assert_eq!(body.add(b"de", 4, &places).await, Err(TooLong(4)));
@@ -175,7 +175,7 @@ mod tests {
             body
         };
         let mut all = Vec::new();
-        for _ in 0..Places::AT_A_TIME {
+        for _ in 0..AnswerPlaces::AT_A_TIME {
             all.push(fill().await);
         }
         let one_more = || timeout(Duration::from_millis(50), fill());
@@ -192,12 +192,12 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_large_is_parsed_on_another_thread() {
-        let (here, places) = (std::thread::current().id(), Places::default());
+        let (here, places) = (std::thread::current().id(), AnswerPlaces::default());
         let on = |bytes| places.aside(bytes, || std::thread::current().id());
         assert_eq!(on(QUICK).await, here);
         assert_ne!(on(QUICK + 1).await, here);
         // This many at a time for a peer. Another peer does not wait for them.
-        let busy: Vec<_> = (0..Places::THREADS)
+        let busy: Vec<_> = (0..AnswerPlaces::THREADS)
             .map(|_| {
                 let (places, (go, wait)) = (places.clone(), std::sync::mpsc::channel::<()>());
                 let work = async move { places.aside(QUICK + 1, move || wait.recv()).await };
@@ -208,7 +208,10 @@ mod tests {
             tokio::task::yield_now().await;
         }
         assert!(timeout(Duration::from_millis(50), on(QUICK + 1)).await.is_err());
-        assert_ne!(Places::default().aside(QUICK + 1, || std::thread::current().id()).await, here);
+        assert_ne!(
+            AnswerPlaces::default().aside(QUICK + 1, || std::thread::current().id()).await,
+            here
+        );
         for (task, go) in busy {
             go.send(()).unwrap();
             task.await.unwrap().unwrap();

@@ -171,7 +171,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        balance::Checked,
+        balance::CheckResult,
         consumer::{Binding, Consumer},
         descriptor::Balance,
         discovery::Endpoints,
@@ -239,26 +239,26 @@ mod tests {
         let events = Events::default();
         let mut told = events.listen();
         let checks = tokio::spawn(run(receiver, None, events, FailedChecks::default()));
-        let until = async |wanted: Checked| {
+        let until = async |wanted: CheckResult| {
             while state.check() != wanted {
                 sleep(Duration::from_millis(10)).await;
             }
         };
         let deadline = Duration::from_secs(60);
-        timeout(deadline, until(Checked::Passes)).await.expect("it passes");
+        timeout(deadline, until(CheckResult::Passes)).await.expect("it passes");
         drop(listener);
-        timeout(deadline, until(Checked::Fails)).await.expect("it fails");
+        timeout(deadline, until(CheckResult::Fails)).await.expect("it fails");
         // Connections failed too, and ejected it.
         state.failed(Millis(0), Millis(1)).unwrap();
         let _again = TcpListener::bind(endpoint.0).await.unwrap();
-        timeout(deadline, until(Checked::Passes)).await.expect("it passes again");
+        timeout(deadline, until(CheckResult::Passes)).await.expect("it passes again");
         let back = timeout(deadline, told.next()).await.expect("it is told").unwrap();
         assert!(
             matches!(&*back, Event::EndpointBack { query, .. } if query.service.as_str() == "web"),
             "{back:?}"
         );
         tables.send_replace(Arc::new(unasked));
-        timeout(deadline, until(Checked::Not)).await.expect("nobody asks");
+        timeout(deadline, until(CheckResult::Not)).await.expect("nobody asks");
         checks.abort();
     }
 
@@ -273,7 +273,7 @@ mod tests {
         let mut told = failed.listen();
         let checks = tokio::spawn(run(receiver, None, Events::default(), failed));
         let deadline = Duration::from_secs(60);
-        let until = async |wanted: Checked, opens: bool| {
+        let until = async |wanted: CheckResult, opens: bool| {
             while state.check() != wanted {
                 if opens {
                     state.succeeded(Duration::ZERO);
@@ -281,9 +281,11 @@ mod tests {
                 sleep(Duration::from_millis(10)).await;
             }
         };
-        timeout(deadline, until(Checked::Passes, true)).await.expect("connections prove it");
+        timeout(deadline, until(CheckResult::Passes, true)).await.expect("connections prove it");
         assert!(!told.has_changed().unwrap());
-        timeout(deadline, until(Checked::Fails, false)).await.expect("without any it is probed");
+        timeout(deadline, until(CheckResult::Fails, false))
+            .await
+            .expect("without any it is probed");
         timeout(deadline, told.changed()).await.expect("the workers hear of it").unwrap();
         checks.abort();
     }

@@ -38,7 +38,7 @@ pub use limits::Limits;
 
 /// The settings of the table.
 #[derive(Debug, Clone)]
-pub struct Settings {
+pub struct TableSettings {
     /// The VIPs of --proxy-ip. `None`: docker0's address, and the gateways of the consumers' bridge networks.
     pub vips: Option<Vec<Vip>>,
     /// embassy's own port, which no binding can have.
@@ -61,7 +61,7 @@ pub struct Settings {
 
 /// The parts that delay readiness.
 #[derive(Debug)]
-pub struct Waiting {
+pub struct AwaitedParts {
     /// Done after the provider's first full listing.
     pub listing: Guard,
     /// Done after the first answer to every query of that listing, and the first answer of every discovery.
@@ -70,7 +70,7 @@ pub struct Waiting {
 
 /// The state of the sources, for metrics and the API.
 #[derive(Debug, Clone)]
-pub struct Sources {
+pub struct SourceStates {
     pub provider: Answers<Listing>,
     pub queries: Arc<[(Query, Answers<Endpoints>)]>,
     /// The endpoints in use, for each query where they are not the last answer.
@@ -81,7 +81,7 @@ pub struct Sources {
 
 #[derive(Debug)]
 pub struct Control {
-    settings: Settings,
+    settings: TableSettings,
     discoveries: Discoveries,
     bounds: Bounds,
     provider: Answers<Listing>,
@@ -110,7 +110,7 @@ pub struct Control {
     replaced: Vec<Arc<Table>>,
     /// The time from this task's wake-up until a table was published, for each table.
     build_times: Arc<Histogram>,
-    sources: watch::Sender<Sources>,
+    sources: watch::Sender<SourceStates>,
     /// The followed queries. There may be ten thousand, so the list is rebuilt only if they change.
     queries: Arc<[(Query, Answers<Endpoints>)]>,
     report: Report,
@@ -132,11 +132,11 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 impl Control {
     /// `bell` must be the one that `provider` rings.
     pub fn new(
-        settings: Settings,
+        settings: TableSettings,
         discoveries: Discoveries,
         provider: Answers<Listing>,
         bell: Arc<Notify>,
-        waiting: Waiting,
+        waiting: AwaitedParts,
         report: Report,
     ) -> Self {
         let mut watches = Watches::new(discoveries.clone(), settings.resync.clone(), bell.clone());
@@ -145,7 +145,7 @@ impl Control {
             watches.ask(probe);
         }
         let queries: Arc<[_]> = watches.answers().into();
-        let sources = Sources {
+        let sources = SourceStates {
             provider: provider.clone(),
             queries: queries.clone(),
             in_use: Arc::default(),
@@ -211,7 +211,7 @@ impl Control {
     }
 
     /// The state of the sources.
-    pub fn sources(&self) -> watch::Receiver<Sources> {
+    pub fn sources(&self) -> watch::Receiver<SourceStates> {
         self.sources.subscribe()
     }
 
@@ -481,7 +481,12 @@ impl Control {
         let queries = self.queries.clone();
         let provider = self.provider.clone();
         let in_use = Arc::new(self.hold.in_use().clone());
-        self.sources.send_replace(Sources { provider, queries, in_use, listing: Some(listing) });
+        self.sources.send_replace(SourceStates {
+            provider,
+            queries,
+            in_use,
+            listing: Some(listing),
+        });
     }
 
     /// Publishes a table from the current data, if it differs from the last one.
@@ -550,7 +555,7 @@ mod tests {
         let discoveries = Discoveries::parse(&[uri], &from).unwrap();
         let bell = Arc::<Notify>::default();
         let (publish, listing) = crate::source::Publisher::new(bell.clone());
-        let settings = Settings {
+        let settings = TableSettings {
             vips: Some(Vec::new()),
             own_port: Port::new(9999).unwrap(),
             capture: CaptureMode::Dnat,
@@ -563,7 +568,7 @@ mod tests {
             resync: ResyncRequests::new(Duration::from_secs(3600)),
         };
         let readiness = crate::readiness::Readiness::default();
-        let waiting = Waiting {
+        let waiting = AwaitedParts {
             listing: readiness.wait_for(Part::Listing),
             answers: readiness.wait_for(Part::Discovery),
         };

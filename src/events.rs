@@ -120,21 +120,21 @@ impl Events {
     }
 
     /// Subscribes to the changes from now on.
-    pub fn listen(&self) -> Listener {
+    pub fn listen(&self) -> Subscriber {
         let queue = self.0.subscribe();
         let next = queue.borrow().end();
-        Listener { queue, next }
+        Subscriber { queue, next }
     }
 }
 
 /// A subscriber.
 #[derive(Debug)]
-pub struct Listener {
+pub struct Subscriber {
     queue: watch::Receiver<Queue>,
     next: u64,
 }
 
-impl Listener {
+impl Subscriber {
     /// The next change. `None` if there will be no more. Cancel-safe.
     pub async fn next(&mut self) -> Option<Arc<Event>> {
         let queue = self.queue.wait_for(|queue| queue.end() > self.next).await.ok()?;

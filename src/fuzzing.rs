@@ -6,7 +6,7 @@ use std::{collections::HashMap, net::IpAddr};
 
 use crate::{
     capture::{input, iptables, netlink},
-    config::{Config, Stop},
+    config::{Config, NoConfig},
     descriptor::Descriptor,
     discovery::{
         consul, dns,
@@ -80,7 +80,7 @@ fn command_line(input: &[u8]) {
     let env: HashMap<_, _> = others.iter().filter_map(|line| line.split_once('=')).collect();
     let words = words.into_iter().map(str::to_owned);
     let read = Config::parse(words, &|name| env.get(name).map(|value| (*value).to_owned()));
-    if let Err(Stop::Usage(error)) = read {
+    if let Err(NoConfig::Usage(error)) = read {
         assert_eq!(error.to_string().lines().count(), 1, "a complaint is one line: {error}");
     }
 }

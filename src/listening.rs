@@ -28,14 +28,14 @@ impl fmt::Display for Holder {
 
 /// The program that listens at an address.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Listener {
+pub enum PortHolder {
     Nobody,
     Process(Holder),
     /// A program that is not visible from here.
     Hidden,
 }
 
-impl Listener {
+impl PortHolder {
     /// What an error that an address is in use says besides that: who has it, and what to do about it. Begins with a colon, if it is not
     /// empty.
     pub fn already(&self) -> String {
@@ -52,7 +52,7 @@ impl Listener {
 }
 
 /// Who listens where `address` is listened at, or at its port on all addresses.
-pub fn at(address: SocketAddr) -> Listener {
+pub fn at(address: SocketAddr) -> PortHolder {
     holder(|socket| {
         let Socket { at, .. } = socket;
         at.port() == address.port()
@@ -63,7 +63,7 @@ pub fn at(address: SocketAddr) -> Listener {
 }
 
 /// Who listens at a Unix socket of this path.
-pub fn at_path(path: &Path) -> Listener {
+pub fn at_path(path: &Path) -> PortHolder {
     let list = fs::read_to_string("/proc/net/unix").unwrap_or_default();
     of_inodes(&list.lines().filter_map(|line| unix_inode(line, path)).collect())
 }
@@ -73,7 +73,7 @@ pub fn ports() -> BTreeSet<u16> {
     sockets().into_iter().map(|socket| socket.at.port()).collect()
 }
 
-fn holder(is_one: impl Fn(&Socket) -> bool) -> Listener {
+fn holder(is_one: impl Fn(&Socket) -> bool) -> PortHolder {
     of_inodes(&sockets().into_iter().filter(is_one).map(|socket| socket.inode).collect())
 }
 
@@ -127,9 +127,9 @@ fn unix_inode(line: &str, path: &Path) -> Option<u64> {
 }
 
 /// The first visible process that has one of these sockets.
-fn of_inodes(inodes: &BTreeSet<u64>) -> Listener {
+fn of_inodes(inodes: &BTreeSet<u64>) -> PortHolder {
     if inodes.is_empty() {
-        return Listener::Nobody;
+        return PortHolder::Nobody;
     }
     let names: BTreeSet<_> = inodes.iter().map(|inode| format!("socket:[{inode}]")).collect();
     let has = |pid: &u32| {
@@ -140,7 +140,7 @@ fn of_inodes(inodes: &BTreeSet<u64>) -> Listener {
     };
     let all = fs::read_dir("/proc").into_iter().flatten().flatten();
     let mut pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    pids.find(has).map_or(Listener::Hidden, |pid| Listener::Process(process(pid)))
+    pids.find(has).map_or(PortHolder::Hidden, |pid| PortHolder::Process(process(pid)))
 }
 
 fn process(pid: u32) -> Holder {
@@ -184,20 +184,22 @@ mod tests {
     fn this_process_is_found_where_it_listens() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let Listener::Process(holder) = at(address) else { panic!("{:?}", at(address)) };
+        let PortHolder::Process(holder) = at(address) else { panic!("{:?}", at(address)) };
         assert_eq!((holder.pid, holder.is_stopped), (std::process::id(), false));
         assert!(ports().contains(&address.port()));
         let other = SocketAddr::new([127, 0, 0, 2].into(), address.port());
-        assert_eq!(at(other), Listener::Nobody);
+        assert_eq!(at(other), PortHolder::Nobody);
         let any = SocketAddr::new([0, 0, 0, 0].into(), address.port());
-        assert!(matches!(at(any), Listener::Process(_)));
+        assert!(matches!(at(any), PortHolder::Process(_)));
         drop(listener);
-        assert_eq!(at(address), Listener::Nobody);
+        assert_eq!(at(address), PortHolder::Nobody);
 
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a socket");
         let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        assert!(matches!(at_path(&path), Listener::Process(one) if one.pid == std::process::id()));
-        assert_eq!(at_path(&folder.path().join("other")), Listener::Nobody);
+        assert!(
+            matches!(at_path(&path), PortHolder::Process(one) if one.pid == std::process::id())
+        );
+        assert_eq!(at_path(&folder.path().join("other")), PortHolder::Nobody);
     }
 }

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use embassy::{
-    app::{App, Event, Stopping},
+    app::{App, Stopping, TakeoverEvent},
     cli,
     config::{Config, Instance},
     log, privileges,
@@ -116,8 +116,8 @@ async fn serve(config: Config, mut successor: Successor, supervisor: Supervisor)
                 supervisor.tell(State::ReloadFailed).await;
             }
             event = app.event() => match event {
-                Event::Failed(error) => break (Stopping::Failed, Some(error)),
-                Event::Takeover(asker) => {
+                TakeoverEvent::Failed(error) => break (Stopping::Failed, Some(error)),
+                TakeoverEvent::Takeover(asker) => {
                     let process = asker.0.peer_process();
                     match app.hand_over(*asker).await {
                         Ok(true) => {

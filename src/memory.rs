@@ -17,7 +17,7 @@ use tracing::{info, warn};
 
 /// The control groups that limit a process: its own and those above it, as far as they are visible.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Memory(Vec<Group>);
+pub struct Memory(Vec<ControlGroup>);
 
 /// Used bytes, and the limit in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,7 +92,7 @@ impl Memory {
     }
 
     fn uses(&self) -> impl Iterator<Item = Use> {
-        self.0.iter().filter_map(Group::usage)
+        self.0.iter().filter_map(ControlGroup::usage)
     }
 }
 
@@ -129,30 +129,30 @@ impl Short {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Version {
+enum CgroupVersion {
     V1,
     V2,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Group {
+struct ControlGroup {
     dir: PathBuf,
-    version: Version,
+    version: CgroupVersion,
 }
 
-impl Group {
+impl ControlGroup {
     fn usage(&self) -> Option<Use> {
         let read = |name: &str| fs::read_to_string(self.dir.join(name)).ok();
         let number = |name: &str| read(name)?.trim().parse::<u64>().ok();
         let stat = read("memory.stat")?;
         let (limit, used, kept) = match self.version {
-            Version::V1 => {
+            CgroupVersion::V1 => {
                 // Without a limit the value is the largest possible number of pages.
                 let limit = number("memory.limit_in_bytes").filter(|limit| *limit < 1 << 60);
                 let kept = sum(&stat, &["total_active_file", "total_inactive_file"]);
                 (limit?, number("memory.usage_in_bytes")?, kept)
             }
-            Version::V2 => {
+            CgroupVersion::V2 => {
                 // Above `memory.high` the kernel slows the group down so much that it hardly runs.
                 let limits = ["memory.max", "memory.high"].into_iter().filter_map(number);
                 let kept = sum(&stat, &["active_file", "inactive_file", "slab_reclaimable"]);
@@ -175,7 +175,7 @@ struct Mount<'a> {
     /// The part of the hierarchy that is mounted here.
     root: &'a Path,
     at: &'a Path,
-    version: Version,
+    version: CgroupVersion,
 }
 
 impl<'a> Mount<'a> {
@@ -186,9 +186,9 @@ impl<'a> Mount<'a> {
         let (root, at) = (Path::new(mount.next()?), Path::new(mount.next()?));
         let mut filesystem = filesystem.split(' ');
         let version = match filesystem.next()? {
-            "cgroup2" => Version::V2,
+            "cgroup2" => CgroupVersion::V2,
             "cgroup" if filesystem.nth(1)?.split(',').any(|option| option == "memory") => {
-                Version::V1
+                CgroupVersion::V1
             }
             _ => return None,
         };
@@ -196,20 +196,20 @@ impl<'a> Mount<'a> {
     }
 
     /// The group in `/proc/<pid>/cgroup`, and those above it, up to the mounted one.
-    fn groups(&self, cgroup: &str) -> Vec<Group> {
+    fn groups(&self, cgroup: &str) -> Vec<ControlGroup> {
         let of_this = |line: &'_ str| {
             let (number, rest) = line.split_once(':')?;
             let (controllers, path) = rest.split_once(':')?;
             let is_this = match self.version {
-                Version::V1 => controllers.split(',').any(|one| one == "memory"),
-                Version::V2 => number == "0" && controllers.is_empty(),
+                CgroupVersion::V1 => controllers.split(',').any(|one| one == "memory"),
+                CgroupVersion::V2 => number == "0" && controllers.is_empty(),
             };
             is_this.then(|| PathBuf::from(path))
         };
         let Some(path) = cgroup.lines().find_map(of_this) else { return Vec::new() };
         // In a container, only its own group may be mounted, with another name than outside.
         let below = path.strip_prefix(self.root).unwrap_or(Path::new(""));
-        let group = |below: &Path| Group { dir: self.at.join(below), version: self.version };
+        let group = |below: &Path| ControlGroup { dir: self.at.join(below), version: self.version };
         below.ancestors().map(group).collect()
     }
 }
@@ -252,13 +252,13 @@ mod tests {
         assert!(groups("", mounts).is_empty() && groups(cgroup, "nonsense\n - \n").is_empty());
     }
 
-    fn memory(version: Version, groups: &[&[(&str, &str)]]) -> (tempfile::TempDir, Memory) {
+    fn memory(version: CgroupVersion, groups: &[&[(&str, &str)]]) -> (tempfile::TempDir, Memory) {
         let dir = tempfile::tempdir().unwrap();
         let group = |(n, files): (usize, &&[(&str, &str)])| {
             let dir = dir.path().join(n.to_string());
             fs::create_dir(&dir).unwrap();
             files.iter().for_each(|(name, text)| fs::write(dir.join(name), text).unwrap());
-            Group { dir, version }
+            ControlGroup { dir, version }
         };
         let groups = groups.iter().enumerate().map(group).collect();
         (dir, Memory(groups))
@@ -275,14 +275,14 @@ mod tests {
                 "anon 500\ninactive_file 300\nactive_file 40\nslab_reclaimable 10\nsock 9\n",
             ),
         ];
-        let (_dir, v2) = memory(Version::V2, &[&own]);
+        let (_dir, v2) = memory(CgroupVersion::V2, &[&own]);
         assert_eq!(v2.tightest(), Some(Use { used: 600, limit: 1000 }));
         let own = [
             ("memory.limit_in_bytes", "1000\n"),
             ("memory.usage_in_bytes", "950\n"),
             ("memory.stat", "active_file 1\ntotal_active_file 200\ntotal_inactive_file 100\n"),
         ];
-        let (_dir, v1) = memory(Version::V1, &[&own]);
+        let (_dir, v1) = memory(CgroupVersion::V1, &[&own]);
         assert_eq!(v1.tightest(), Some(Use { used: 650, limit: 1000 }));
         assert_eq!(v1.room(), Some(250));
     }
@@ -298,7 +298,7 @@ mod tests {
             ]
         };
         let (_dir, memory) = memory(
-            Version::V2,
+            CgroupVersion::V2,
             &[&group("max", "7"), &group("1000", "500"), &group("2000", "1800"), &[]],
         );
         assert_eq!(memory.tightest(), Some(Use { used: 1800, limit: 2000 }));
@@ -312,7 +312,7 @@ mod tests {
             ("memory.usage_in_bytes", "1\n"),
             ("memory.stat", ""),
         ];
-        let (_dir, memory) = memory(Version::V1, &[&own]);
+        let (_dir, memory) = memory(CgroupVersion::V1, &[&own]);
         assert_eq!((memory.tightest(), memory.room()), (None, None));
     }
 

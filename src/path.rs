@@ -225,12 +225,12 @@ pub fn decide(descriptor: &Descriptor, facts: Facts<'_>) -> PathReason {
 pub struct Candidate {
     /// Whether the last connect to it opened, by either path, and no check of it fails.
     pub is_proved: bool,
-    pub reach: Reach,
+    pub reach: EndpointReach,
 }
 
 /// Whether an endpoint can be reached from a consumer's own network, as far as embassy knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reach {
+pub enum EndpointReach {
     /// A connect from there opened; or embassy cannot try it, and the networks leave no doubt.
     Reached,
     /// Another network of the engine has it: Docker drops what goes from one to another.
@@ -247,10 +247,10 @@ pub enum Reach {
 pub fn caution(candidates: &[Candidate]) -> PathReason {
     let any = |reach| candidates.iter().any(|one| one.reach == reach);
     let first = [
-        (any(Reach::Isolated), PathReason::Isolated),
-        (any(Reach::Untried), PathReason::Untried),
-        (any(Reach::Failed), PathReason::NotReached),
-        (any(Reach::Trying), PathReason::Trying),
+        (any(EndpointReach::Isolated), PathReason::Isolated),
+        (any(EndpointReach::Untried), PathReason::Untried),
+        (any(EndpointReach::Failed), PathReason::NotReached),
+        (any(EndpointReach::Trying), PathReason::Trying),
         (candidates.iter().any(|one| !one.is_proved), PathReason::Unproved),
     ];
     first.iter().find(|(applies, _)| *applies).map_or(PathReason::Proved, |(_, reason)| *reason)
@@ -391,16 +391,16 @@ mod tests {
         );
     }
 
-    const GOOD: Candidate = Candidate { is_proved: true, reach: Reach::Reached };
+    const GOOD: Candidate = Candidate { is_proved: true, reach: EndpointReach::Reached };
 
     #[test]
     fn each_line_of_auto_decides_alone_and_one_endpoint_is_enough() {
         assert_eq!(caution(&[GOOD, GOOD]), PathReason::Proved);
         for (reach, reason) in [
-            (Reach::Isolated, PathReason::Isolated),
-            (Reach::Untried, PathReason::Untried),
-            (Reach::Failed, PathReason::NotReached),
-            (Reach::Trying, PathReason::Trying),
+            (EndpointReach::Isolated, PathReason::Isolated),
+            (EndpointReach::Untried, PathReason::Untried),
+            (EndpointReach::Failed, PathReason::NotReached),
+            (EndpointReach::Trying, PathReason::Trying),
         ] {
             let bad = Candidate { reach, ..GOOD };
             assert_eq!(caution(&[GOOD, bad, GOOD]), reason);
@@ -508,8 +508,8 @@ mod tests {
         fn auto_takes_the_kernel_path_only_if_every_endpoint_is_proved_and_reached(
             list in prop::collection::vec((any::<bool>(), 0..5_usize), 1..9),
         ) {
-            const ALL: [Reach; 5] =
-                [Reach::Reached, Reach::Isolated, Reach::Untried, Reach::Trying, Reach::Failed];
+            const ALL: [EndpointReach; 5] =
+                [EndpointReach::Reached, EndpointReach::Isolated, EndpointReach::Untried, EndpointReach::Trying, EndpointReach::Failed];
             let candidates: Vec<_> = list
                 .iter()
                 .map(|(is_proved, n)| Candidate { is_proved: *is_proved, reach: ALL[*n] })
@@ -517,7 +517,7 @@ mod tests {
             let reason = caution(&candidates);
             prop_assert_eq!(reason == PathReason::Proved, candidates.iter().all(|one| *one == GOOD));
             prop_assert_eq!(reason.path() == Path::Kernel, reason == PathReason::Proved);
-            let are_reached = candidates.iter().all(|one| one.reach == Reach::Reached);
+            let are_reached = candidates.iter().all(|one| one.reach == EndpointReach::Reached);
             prop_assert_eq!(reason.has_entries(), are_reached, "else no word may let them pass");
         }
 

@@ -5,7 +5,7 @@
 
 /// The kind of a source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum SourceKind {
     Consul,
     Etcd,
     /// A Docker engine, as provider or as discovery.
@@ -14,7 +14,7 @@ pub(crate) enum Kind {
     Dns,
 }
 
-impl Kind {
+impl SourceKind {
     #[cfg(test)]
     const ALL: [Self; 5] = [Self::Consul, Self::Etcd, Self::Engine, Self::File, Self::Dns];
 
@@ -260,7 +260,7 @@ const WORDS: &[(Fault, &[&str])] = &[
 ];
 
 impl Fault {
-    fn of(kind: Kind, error: &str) -> Self {
+    fn of(kind: SourceKind, error: &str) -> Self {
         let error = without_names(kind, error).to_lowercase();
         let fits = |words: &[&str]| words.iter().any(|words| says(&error, words));
         WORDS.iter().find(|(_, words)| fits(words)).map_or(Self::Unknown, |(fault, _)| *fault)
@@ -269,12 +269,13 @@ impl Fault {
 
 /// An error without the names in it: addresses, paths of files, names in DNS questions, and all quoted texts. Such names
 /// may contain any words. A server's answer is quoted too, after its status, and is kept.
-fn without_names(kind: Kind, error: &str) -> String {
+fn without_names(kind: SourceKind, error: &str) -> String {
     let error = match error.split_once(": ") {
-        Some((what, reason)) if kind == Kind::Dns && what.contains(" from ") => reason,
+        Some((what, reason)) if kind == SourceKind::Dns && what.contains(" from ") => reason,
         _ => error,
     };
-    let is_name = |word: &str| word.contains("://") || kind == Kind::File && word.starts_with('/');
+    let is_name =
+        |word: &str| word.contains("://") || kind == SourceKind::File && word.starts_with('/');
     let bare = |word| match is_name(word) {
         true if word.ends_with(':') => ":",
         true => "",
@@ -329,13 +330,13 @@ fn says(text: &str, words: &str) -> bool {
 
 /// The fix for the error of the source with this name.
 pub(crate) fn of(source: &str, error: &str) -> &'static str {
-    let kind = Kind::of(source);
+    let kind = SourceKind::of(source);
     fix(kind, Fault::of(kind, error))
 }
 
 #[expect(clippy::too_many_lines, reason = "a table")]
-fn fix(kind: Kind, fault: Fault) -> &'static str {
-    use Kind::{Consul, Dns, Engine, Etcd, File};
+fn fix(kind: SourceKind, fault: Fault) -> &'static str {
+    use SourceKind::{Consul, Dns, Engine, Etcd, File};
     match (fault, kind) {
         (Fault::Own, _) => "report this line of the log; embassy starts the source again by itself",
 
@@ -807,7 +808,7 @@ mod tests {
     fn every_remedy_says_what_to_do() {
         let faults = WORDS.iter().map(|(fault, _)| *fault).chain([Fault::Unknown]);
         for fault in faults {
-            for kind in Kind::ALL {
+            for kind in SourceKind::ALL {
                 assert_eq!(crate::text::vague(fix(kind, fault)), None, "{kind:?} {fault:?}");
             }
         }

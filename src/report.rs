@@ -13,7 +13,7 @@ use tracing::{info, warn};
 
 use crate::{
     consumer::Consumer,
-    discovery::{Endpoints, Query, Refusal, Rejections},
+    discovery::{Endpoints, NotAllowed, Query, Rejections},
     events::{Event, Events},
     model::{Endpoint, Vip},
     provider::{Beyond, Limit, Listing, Problem},
@@ -51,7 +51,7 @@ pub struct Report {
     /// The number of bindings that are beyond a limit.
     beyond_count: usize,
     /// Endpoints that must not be used, for each query.
-    barred: HashMap<Query, Vec<(Endpoint, Refusal)>>,
+    barred: HashMap<Query, Vec<(Endpoint, NotAllowed)>>,
     /// The endpoints in use, and whether they are held because the last answer has none, or few of them.
     used: HashMap<Query, (Arc<Endpoints>, bool)>,
     /// The problem of the last answer to each query.
@@ -280,7 +280,7 @@ impl Report {
             return;
         }
         // Sorted like the answer.
-        let is_new = |one: &&(Endpoint, Refusal)| {
+        let is_new = |one: &&(Endpoint, NotAllowed)| {
             before.is_none_or(|all| all.binary_search_by_key(&one.0, |(other, _)| *other).is_err())
         };
         for (endpoint, reason) in upstream.refused.iter().filter(is_new).take(NAMED) {

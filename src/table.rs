@@ -17,7 +17,7 @@ use crate::{
     counts::ConnectionCounts,
     cow_map::CowMap,
     descriptor::Balance,
-    discovery::{Bounds, CannotAsk, Endpoints, Query, Refusal},
+    discovery::{Bounds, CannotAsk, Endpoints, NotAllowed, Query},
     model::{ConsumerId, Endpoint, Port, Protocol, RunEnd, ServiceName, Vip, port_of},
     wiring::{Arrival, Wiring},
 };
@@ -107,7 +107,7 @@ pub struct Upstream {
     /// Whether discovery has answered. Before that, an empty list of endpoints means nothing.
     pub answered: bool,
     /// Endpoints of the answer that must not be used, and why. Sorted.
-    pub refused: Vec<(Endpoint, Refusal)>,
+    pub refused: Vec<(Endpoint, NotAllowed)>,
 }
 
 /// Discovery, datacentre and service. An endpoint of a service has one state, whatever tags are asked for.

@@ -14,7 +14,7 @@ use super::{access::Access, history::History};
 use crate::{
     capture::{self, OwnRules},
     config::{CaptureMode, CaptureScope, FORGOT_STATIC, Instance},
-    control::Sources,
+    control::SourceStates,
     discovery::Endpoints,
     events::Events,
     judgement::{CaptureReading, Load, Situation, SourceReading, SourceState, Used},
@@ -35,7 +35,7 @@ pub struct Feeds {
     pub tables: watch::Receiver<Arc<Table>>,
     /// The path of each route.
     pub paths: watch::Receiver<Paths>,
-    pub sources: watch::Receiver<Sources>,
+    pub sources: watch::Receiver<SourceStates>,
     pub figures: Figures,
     /// `None` if the user's own rules capture.
     pub capture: Option<Arc<capture::CaptureCounts>>,
@@ -176,7 +176,7 @@ fn here(table: &Table, listing: &Listing, own: &[IpAddr]) -> BTreeSet<IpAddr> {
     fixed::here(vips.chain(own.iter().chain(gateways).copied()))
 }
 
-fn provider(sources: &Sources, now: Instant) -> SourceReading {
+fn provider(sources: &SourceStates, now: Instant) -> SourceReading {
     let known = sources.provider.borrow();
     let problems = known.value.iter().flat_map(|listing| &listing.problems);
     let skipped = problems.map(|p| format!("{} {}: {}", p.consumer, p.origin, p.reason));

@@ -38,17 +38,18 @@ pub(super) async fn events(State(context): State<Context>) -> Response {
         let text = format!("{LISTENERS} clients read events already, which is the limit");
         return Refusal::new(StatusCode::SERVICE_UNAVAILABLE, text).into_response();
     };
-    let listener = Listener { events: context.feeds.events.listen(), missed: false, _place: place };
-    Sse::new(unfold(listener, Listener::next)).keep_alive(KeepAlive::default()).into_response()
+    let listener =
+        Subscriber { events: context.feeds.events.listen(), missed: false, _place: place };
+    Sse::new(unfold(listener, Subscriber::next)).keep_alive(KeepAlive::default()).into_response()
 }
 
-struct Listener {
-    events: events::Listener,
+struct Subscriber {
+    events: events::Subscriber,
     missed: bool,
     _place: OwnedSemaphorePermit,
 }
 
-impl Listener {
+impl Subscriber {
     async fn next(mut self) -> Option<(Result<sse::Event, Infallible>, Self)> {
         if self.missed {
             return None;
@@ -75,7 +76,7 @@ mod tests {
     async fn who_is_too_slow_is_told_what_it_missed_and_left() {
         let (events, places) = (Events::default(), Arc::new(Semaphore::new(1)));
         let place = places.clone().try_acquire_owned().unwrap();
-        let listener = Listener { events: events.listen(), missed: false, _place: place };
+        let listener = Subscriber { events: events.listen(), missed: false, _place: place };
         for n in 0..5_000 {
             events.report(|| Event::Missed { changes: n });
         }

@@ -19,25 +19,25 @@ const PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_millis(50)
 
 /// A change to log.
 #[derive(Debug, PartialEq, Eq)]
-enum News {
+enum LogLine {
     Ready,
     NotReady { waiting_for: String, reason: String },
 }
 
 /// The change to log, if readiness differs from what was logged last. At the start, each part is logged when it becomes
 /// ready.
-fn news(was_ready: Option<bool>, situation: &Situation) -> Option<News> {
+fn news(was_ready: Option<bool>, situation: &Situation) -> Option<LogLine> {
     let awaited = situation.awaited();
     match (awaited.is_empty(), was_ready) {
         (true, Some(true)) | (false, Some(false)) => None,
-        (true, _) => Some(News::Ready),
+        (true, _) => Some(LogLine::Ready),
         (false, None) if !situation.pending.is_empty() => None,
         (false, _) => {
             let parts: Vec<_> = awaited.iter().map(|awaited| awaited.part.as_str()).collect();
             let causes = situation.why_not_ready();
             let texts = causes.iter().filter(|cause| cause.verdict() == Verdict::Broken);
             let texts: Vec<_> = texts.map(|cause| cause.finding().text).collect();
-            Some(News::NotReady { waiting_for: parts.join(", "), reason: texts.join(" ") })
+            Some(LogLine::NotReady { waiting_for: parts.join(", "), reason: texts.join(" ") })
         }
     }
 }
@@ -53,12 +53,12 @@ impl Feeds {
         loop {
             let situation = self.readiness();
             match news(was_ready, &situation) {
-                Some(News::Ready) => {
+                Some(LogLine::Ready) => {
                     was_ready = Some(true);
                     let took_ms = (self.constants.started.elapsed().as_secs_f64() * 1e3).round();
                     info!(took_ms, "embassy is ready");
                 }
-                Some(News::NotReady { waiting_for, reason }) => {
+                Some(LogLine::NotReady { waiting_for, reason }) => {
                     was_ready = Some(false);
                     warn!(waiting_for, reason, "embassy is not ready");
                 }
@@ -112,8 +112,8 @@ mod tests {
     #[test]
     fn ready_is_logged_only_if_readyz_says_so() {
         let ready = well().situation();
-        assert_eq!(news(None, &ready), Some(News::Ready));
-        assert_eq!(news(Some(false), &ready), Some(News::Ready));
+        assert_eq!(news(None, &ready), Some(LogLine::Ready));
+        assert_eq!(news(Some(false), &ready), Some(LogLine::Ready));
         assert_eq!(news(Some(true), &ready), None);
         // The start: each part that becomes ready is logged separately.
         let starts = Setting::of(|s| s.pending = vec![Part::Capture]).situation();
@@ -121,7 +121,8 @@ mod tests {
         // All parts are ready, and no connection arrives.
         let elsewhere = Setting::of(|s| s.vip_is_here = false).situation();
         for was_ready in [None, Some(true)] {
-            let Some(News::NotReady { waiting_for, reason }) = news(was_ready, &elsewhere) else {
+            let Some(LogLine::NotReady { waiting_for, reason }) = news(was_ready, &elsewhere)
+            else {
                 panic!("{was_ready:?}");
             };
             assert_eq!(waiting_for, "capture");
@@ -129,6 +130,6 @@ mod tests {
         }
         assert_eq!(news(Some(false), &elsewhere), None);
         let lost = Setting::of(|s| s.in_place = false).situation();
-        assert!(matches!(news(Some(true), &lost), Some(News::NotReady { .. })));
+        assert!(matches!(news(Some(true), &lost), Some(LogLine::NotReady { .. })));
     }
 }

@@ -8,7 +8,7 @@ use std::{
 
 use super::api;
 use crate::{
-    balance::{Checked, EndpointState},
+    balance::{CheckResult, EndpointState},
     capture::interface_name,
     consumer::Consumer,
     counts::{ConnectionCounts, Distribution},
@@ -116,9 +116,9 @@ pub(super) fn endpoint(
             verdict: health.verdict(),
             ejected_for_seconds: state.ejected_for(now).filter(|left| !left.is_zero()).map(seconds),
             check: match state.check() {
-                Checked::Not => None,
-                Checked::Passes => Some(api::Check::Passes),
-                Checked::Fails => Some(api::Check::Fails),
+                CheckResult::Not => None,
+                CheckResult::Passes => Some(api::Check::Passes),
+                CheckResult::Fails => Some(api::Check::Fails),
             },
             failures: state.failures(),
             failed_tries: state.failed_tries(),

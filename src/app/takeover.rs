@@ -43,7 +43,7 @@ const STANDSTILL: Duration = Duration::from_secs(5);
 
 /// What happens to a running embassy, besides signals.
 #[derive(Debug)]
-pub enum Event {
+pub enum TakeoverEvent {
     /// A part has ended that never should.
     Failed(anyhow::Error),
     /// Another process asks to take over.
@@ -428,7 +428,7 @@ fn inherit(
 
 impl App {
     /// Waits for the next event. Cancel-safe.
-    pub async fn event(&mut self) -> Event {
+    pub async fn event(&mut self) -> TakeoverEvent {
         let asked = async {
             match &mut self.door {
                 Some(door) => door.asked().await,
@@ -436,20 +436,20 @@ impl App {
             }
         };
         tokio::select! {
-            end = &mut self.control => Event::Failed(match end {
+            end = &mut self.control => TakeoverEvent::Failed(match end {
                 Ok(()) => anyhow!("the control task ended"),
                 Err(error) => anyhow!(error).context("the control task"),
             }),
-            () = self.proxy.failed() => Event::Failed(anyhow!("a part of the data path ended")),
+            () = self.proxy.failed() => TakeoverEvent::Failed(anyhow!("a part of the data path ended")),
             () = kernel_failed(&mut self.kernel) => {
-                Event::Failed(anyhow!("the thread of the kernel path ended"))
+                TakeoverEvent::Failed(anyhow!("the thread of the kernel path ended"))
             }
             end = capture_failed(&mut self.capture) => {
-                Event::Failed(anyhow!("the capture task ended: {end}"))
+                TakeoverEvent::Failed(anyhow!("the capture task ended: {end}"))
             }
-            _ = &mut self.checks => Event::Failed(anyhow!("the check task ended")),
-            _ = &mut self.memory => Event::Failed(anyhow!("the memory watch task ended")),
-            asker = asked => Event::Takeover(Box::new(asker)),
+            _ = &mut self.checks => TakeoverEvent::Failed(anyhow!("the check task ended")),
+            _ = &mut self.memory => TakeoverEvent::Failed(anyhow!("the memory watch task ended")),
+            asker = asked => TakeoverEvent::Takeover(Box::new(asker)),
         }
     }
 

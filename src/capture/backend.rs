@@ -8,7 +8,7 @@ use super::{
     iptables::{self, Iptables},
     netlink::BaseChain,
     nft::{self, Draining, Nft, Offender},
-    rules::{Part, RuleChanges, RuleSettings, Rules, Shape},
+    rules::{RuleChanges, RulePart, RuleSettings, Rules, Shape},
 };
 use crate::config::FirewallChoice;
 
@@ -84,7 +84,7 @@ impl Backend {
 
     /// The optional parts of the rules that this kernel does not support, each with what is missing. That others are
     /// missing may only show when rules are written.
-    pub fn lacks(&self) -> &[(Part, String)] {
+    pub fn lacks(&self) -> &[(RulePart, String)] {
         match self {
             Self::Nft(nft) => nft.lacks(),
             Self::Iptables(iptables) => iptables.lacks(),
@@ -94,11 +94,11 @@ impl Backend {
     }
 
     /// Whether the rules may be refused because of this part, although [`Self::lacks`] does not list it.
-    pub(super) fn may_refuse(&self, part: Part) -> bool {
+    pub(super) fn may_refuse(&self, part: RulePart) -> bool {
         match self {
             Self::Nft(_) => false,
             // With iptables, the other parts have no rules.
-            Self::Iptables(_) => matches!(part, Part::Hold | Part::Ipv6),
+            Self::Iptables(_) => matches!(part, RulePart::Hold | RulePart::Ipv6),
             #[cfg(test)]
             Self::Fake(_) => true,
         }

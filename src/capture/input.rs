@@ -60,14 +60,14 @@ impl Barrier {
 
 /// Describes the captured connections.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Captured {
+pub struct CapturedTraffic {
     /// The port that they are redirected to.
     pub port: u16,
     /// The interfaces on which consumers' connections arrive.
     pub bridges: BTreeSet<String>,
 }
 
-impl Captured {
+impl CapturedTraffic {
     /// The connections that arrive at these addresses of this host.
     pub fn at(port: u16, vips: &BTreeSet<IpAddr>) -> Self {
         let all = if_addrs::get_if_addrs().unwrap_or_default();
@@ -87,14 +87,14 @@ impl Captured {
 
 /// The rules of this host's firewalls. A program that is not installed has none.
 #[derive(Debug)]
-pub struct Listings {
+pub struct FirewallListings {
     /// Without the elements of sets: other programs' large sets would take seconds.
     nft: Result<String, ProgramError>,
     /// iptables' rules for IPv4 and IPv6, if nft does not show them.
     filters: [Result<String, ProgramError>; 2],
 }
 
-impl Listings {
+impl FirewallListings {
     pub async fn read() -> Self {
         let nft = run("nft", Program("nft").run(&["-s", "-t", "list", "ruleset"], "")).await;
         let is_hidden = nft.as_ref().map_or(true, String::is_empty);
@@ -123,12 +123,12 @@ impl Listings {
     }
 
     /// The obstacles to captured connections, as far as the rules can be read.
-    pub fn barriers(&self, captured: &Captured) -> Vec<Barrier> {
+    pub fn barriers(&self, captured: &CapturedTraffic) -> Vec<Barrier> {
         self.tables(captured).iter().flat_map(|table| table.barriers(captured.port)).collect()
     }
 
     /// Whether readable chains stop captured connections in each family that `addresses` has.
-    pub(super) fn bar_all(&self, captured: &Captured, addresses: &BTreeSet<IpAddr>) -> bool {
+    pub(super) fn bar_all(&self, captured: &CapturedTraffic, addresses: &BTreeSet<IpAddr>) -> bool {
         let (mut v4, mut v6) = (false, false);
         for table in self.tables(captured) {
             if table.barriers(captured.port).next().is_some() {
@@ -142,7 +142,7 @@ impl Listings {
 
     /// The rules that may drop captured connections, if these are known to be dropped although no chain has to be in their way: the most
     /// likely one first.
-    pub(super) fn suspects(&self, captured: &Captured) -> Vec<Barrier> {
+    pub(super) fn suspects(&self, captured: &CapturedTraffic) -> Vec<Barrier> {
         let tables = self.tables(captured);
         let mut suspects: Vec<_> =
             tables.iter().flat_map(|table| table.suspects(captured.port)).collect();
@@ -153,7 +153,7 @@ impl Listings {
     /// A chain that accepts only what it knows. It may recognise the answers to untracked connections only by their
     /// connection state, which they do not have. `None` if there is no such chain.
     pub(super) fn closed(&self) -> Option<String> {
-        let mut tables = self.tables(&Captured::default());
+        let mut tables = self.tables(&CapturedTraffic::default());
         for table in &mut tables {
             for rule in table.chains.values_mut().flat_map(|chain| &mut chain.rules) {
                 // Rules that accept by port, interface or state do not accept such an answer.
@@ -166,7 +166,7 @@ impl Listings {
         tables.iter().flat_map(|table| table.barriers(0)).map(|barrier| barrier.chain).next()
     }
 
-    fn tables(&self, captured: &Captured) -> Vec<Table<'_>> {
+    fn tables(&self, captured: &CapturedTraffic) -> Vec<ListedTable<'_>> {
         let mut tables = nft_tables(self.nft.as_deref().unwrap_or_default(), captured);
         for (filter, name) in self.filters.iter().zip(["ip filter", "ip6 filter"]) {
             let saved = filter.as_deref().unwrap_or_default();
@@ -205,14 +205,14 @@ async fn run(
 
 /// A table, as listed.
 #[derive(Debug, Default)]
-struct Table<'a> {
+struct ListedTable<'a> {
     /// Family and name.
     name: &'a str,
-    chains: BTreeMap<&'a str, Chain<'a>>,
+    chains: BTreeMap<&'a str, ListedChain<'a>>,
 }
 
 #[derive(Debug, Default)]
-struct Chain<'a> {
+struct ListedChain<'a> {
     /// The kernel's input hook calls it.
     is_input: bool,
     /// Its policy, as one word.
@@ -224,7 +224,7 @@ struct Chain<'a> {
 #[derive(Debug, Default)]
 struct Rule<'a> {
     text: &'a str,
-    end: End<'a>,
+    end: PacketVerdict<'a>,
     /// Whether it matches our port. `None` if it has no condition about ports or protocols.
     port: Option<bool>,
     /// Whether it matches a container bridge. `None` if it names no interfaces.
@@ -237,7 +237,7 @@ struct Rule<'a> {
 
 /// What a rule does with a packet.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-enum End<'a> {
+enum PacketVerdict<'a> {
     Accept,
     Drop,
     Return,
@@ -277,7 +277,7 @@ impl Rule<'_> {
     }
 }
 
-impl<'a> Table<'a> {
+impl<'a> ListedTable<'a> {
     fn barriers(&self, port: u16) -> impl Iterator<Item = Barrier> {
         let mut fates = BTreeMap::new();
         self.chains.iter().filter(|(_, chain)| chain.is_input).filter_map(move |(name, chain)| {
@@ -309,7 +309,7 @@ impl<'a> Table<'a> {
         for (input, _) in self.chains.iter().filter(|(_, chain)| chain.is_input) {
             for name in self.reachable(input) {
                 let rules = self.chains.get(name).into_iter().flat_map(|chain| &chain.rules);
-                let dropping = rules.filter(|rule| rule.end == End::Drop);
+                let dropping = rules.filter(|rule| rule.end == PacketVerdict::Drop);
                 all.extend(dropping.filter(|rule| rule.port != Some(false)).map(|rule| {
                     let likelihood = u8::from(rule.is_for_us()) * 2 + u8::from(rule.takes_all());
                     let chain = format!("{} has the rule {:?}", self.named(name), rule.text);
@@ -328,7 +328,7 @@ impl<'a> Table<'a> {
             if found.insert(name) {
                 let rules = self.chains.get(name).into_iter().flat_map(|chain| &chain.rules);
                 open.extend(rules.filter_map(|rule| match rule.end {
-                    End::To(next) => Some(next),
+                    PacketVerdict::To(next) => Some(next),
                     _ => None,
                 }));
             }
@@ -353,19 +353,19 @@ impl<'a> Table<'a> {
     fn fate_of(
         &self,
         name: &'a str,
-        chain: &Chain<'a>,
+        chain: &ListedChain<'a>,
         depth: usize,
         known: &mut BTreeMap<&'a str, Fate<'a>>,
     ) -> Fate<'a> {
         for rule in &chain.rules {
             let fate = match rule.end {
-                End::Next => continue,
-                End::Accept => Fate::Accepted,
-                End::Drop => Fate::Dropped(name, rule.text),
+                PacketVerdict::Next => continue,
+                PacketVerdict::Accept => Fate::Accepted,
+                PacketVerdict::Drop => Fate::Dropped(name, rule.text),
                 // The rules of the calling chain follow.
-                End::Return if rule.takes_all() => return Fate::Through,
-                End::Return => continue,
-                End::To(next) => self.fate(next, depth - 1, known),
+                PacketVerdict::Return if rule.takes_all() => return Fate::Through,
+                PacketVerdict::Return => continue,
+                PacketVerdict::To(next) => self.fate(next, depth - 1, known),
             };
             match fate {
                 Fate::LetIn => return Fate::LetIn,
@@ -413,13 +413,13 @@ impl<'a> Table<'a> {
 }
 
 /// The tables in the text of `nft list ruleset`.
-fn nft_tables<'a>(ruleset: &'a str, captured: &Captured) -> Vec<Table<'a>> {
-    let mut tables: Vec<Table<'_>> = Vec::new();
+fn nft_tables<'a>(ruleset: &'a str, captured: &CapturedTraffic) -> Vec<ListedTable<'a>> {
+    let mut tables: Vec<ListedTable<'_>> = Vec::new();
     let mut chain = None;
     for line in ruleset.lines().map(str::trim) {
         if let Some(name) = line.strip_prefix("table ") {
             let name = name.trim_end_matches(['{', ' ']);
-            tables.push(Table { name, ..Table::default() });
+            tables.push(ListedTable { name, ..ListedTable::default() });
             chain = None;
         } else if let Some(name) = line.strip_prefix("chain ") {
             chain = Some(name.trim_end_matches(['{', ' ']));
@@ -475,7 +475,7 @@ pub(super) fn words(rule: &str) -> Vec<&str> {
     words
 }
 
-fn nft_rule<'a>(text: &'a str, captured: &Captured) -> Rule<'a> {
+fn nft_rule<'a>(text: &'a str, captured: &CapturedTraffic) -> Rule<'a> {
     let mut rule = Rule { text, ..Rule::default() };
     let words = words(text);
     let mut rest = words.as_slice();
@@ -517,19 +517,19 @@ fn nft_rule<'a>(text: &'a str, captured: &Captured) -> Rule<'a> {
                 rest
             }
             ["accept", ..] => {
-                rule.end = End::Accept;
+                rule.end = PacketVerdict::Accept;
                 return rule;
             }
             ["drop" | "reject", ..] => {
-                rule.end = End::Drop;
+                rule.end = PacketVerdict::Drop;
                 return rule;
             }
             ["return", ..] => {
-                rule.end = End::Return;
+                rule.end = PacketVerdict::Return;
                 return rule;
             }
             ["jump" | "goto", target, ..] => {
-                rule.end = End::To(target);
+                rule.end = PacketVerdict::To(target);
                 return rule;
             }
             [_, rest @ ..] => {
@@ -541,14 +541,18 @@ fn nft_rule<'a>(text: &'a str, captured: &Captured) -> Rule<'a> {
 }
 
 /// The table in the text of `iptables-save`, if it has one.
-fn iptables_table<'a>(saved: &'a str, name: &'a str, captured: &Captured) -> Option<Table<'a>> {
-    let mut table = Table { name, ..Table::default() };
+fn iptables_table<'a>(
+    saved: &'a str,
+    name: &'a str,
+    captured: &CapturedTraffic,
+) -> Option<ListedTable<'a>> {
+    let mut table = ListedTable { name, ..ListedTable::default() };
     for line in saved.lines() {
         if let Some(head) = line.strip_prefix(':') {
             let mut head = head.split(' ');
             let (chain, policy) = (head.next()?, head.next()?);
             let is_input = chain == "INPUT";
-            table.chains.insert(chain, Chain { is_input, policy, rules: Vec::new() });
+            table.chains.insert(chain, ListedChain { is_input, policy, rules: Vec::new() });
         } else if let Some((chain, rule)) = line.strip_prefix("-A ").and_then(|l| l.split_once(' '))
         {
             table.chains.entry(chain).or_default().rules.push(iptables_rule(rule, captured));
@@ -557,14 +561,14 @@ fn iptables_table<'a>(saved: &'a str, name: &'a str, captured: &Captured) -> Opt
     let chains: BTreeSet<_> = table.chains.keys().copied().collect();
     for rule in table.chains.values_mut().flat_map(|chain| &mut chain.rules) {
         // If no chain has the target's name, the target is an extension, such as LOG.
-        if matches!(rule.end, End::To(target) if !chains.contains(target)) {
-            rule.end = End::Next;
+        if matches!(rule.end, PacketVerdict::To(target) if !chains.contains(target)) {
+            rule.end = PacketVerdict::Next;
         }
     }
     (!table.chains.is_empty()).then_some(table)
 }
 
-fn iptables_rule<'a>(text: &'a str, captured: &Captured) -> Rule<'a> {
+fn iptables_rule<'a>(text: &'a str, captured: &CapturedTraffic) -> Rule<'a> {
     let mut rule = Rule { text, ..Rule::default() };
     let words = words(text);
     let mut rest = words.as_slice();
@@ -593,10 +597,10 @@ fn iptables_rule<'a>(text: &'a str, captured: &Captured) -> Rule<'a> {
             }
             ["-j" | "-g", target, ..] => {
                 rule.end = match *target {
-                    "ACCEPT" => End::Accept,
-                    "DROP" | "REJECT" => End::Drop,
-                    "RETURN" => End::Return,
-                    chain => End::To(chain),
+                    "ACCEPT" => PacketVerdict::Accept,
+                    "DROP" | "REJECT" => PacketVerdict::Drop,
+                    "RETURN" => PacketVerdict::Return,
+                    chain => PacketVerdict::To(chain),
                 };
                 return rule;
             }
@@ -622,7 +626,7 @@ fn has_port(list: &str, range: char, port: u16) -> bool {
 #[cfg(any(test, fuzzing))]
 pub(crate) fn fuzz(input: &[u8]) {
     let listing = String::from_utf8_lossy(input);
-    let captured = Captured { port: 9999, bridges: ["docker0".to_owned()].into() };
+    let captured = CapturedTraffic { port: 9999, bridges: ["docker0".to_owned()].into() };
     let mut tables = nft_tables(&listing, &captured);
     tables.extend(iptables_table(&listing, "ip filter", &captured));
     for table in tables {
@@ -637,8 +641,11 @@ pub(crate) fn fuzz(input: &[u8]) {
 mod tests {
     use super::*;
 
-    fn captured() -> Captured {
-        Captured { port: 9999, bridges: ["docker0", "br-1234", "podman0"].map(Into::into).into() }
+    fn captured() -> CapturedTraffic {
+        CapturedTraffic {
+            port: 9999,
+            bridges: ["docker0", "br-1234", "podman0"].map(Into::into).into(),
+        }
     }
 
     fn in_iptables(saved: &str, name: &str) -> Vec<Barrier> {
@@ -789,7 +796,7 @@ mod tests {
                  \t\ttcp dport 9999 ct status ! dnat counter packets 0 bytes 0 reject with tcp reset\n\t}}\n}}\n"
             );
             let filters = [Ok(String::new()), Ok(String::new())];
-            let listings = Listings { nft: Ok(ruleset), filters };
+            let listings = FirewallListings { nft: Ok(ruleset), filters };
             assert_eq!(listings.barriers(&captured()), []);
             let suspects = listings.suspects(&captured());
             assert_eq!(Barrier::suspected(&suspects, 9999), Barrier::unknown(9999));
@@ -824,7 +831,7 @@ mod tests {
             let ruleset =
                 format!("table inet strict {{\n\tchain in {{\n\t\t{head}\n\t\t{rules}\n\t}}\n}}\n");
             let filters = [Ok(String::new()), Ok(String::new())];
-            Listings { nft: Ok(ruleset), filters }.closed()
+            FirewallListings { nft: Ok(ruleset), filters }.closed()
         };
         for rules in [
             "ct status dnat accept",
@@ -849,7 +856,7 @@ mod tests {
                  \tchain elsewhere {{\n\t\tdrop\n\t}}\n}}\n"
             );
             let filters = [Ok(String::new()), Ok(String::new())];
-            let listings = Listings { nft: Ok(ruleset), filters };
+            let listings = FirewallListings { nft: Ok(ruleset), filters };
             Barrier::suspected(&listings.suspects(&captured()), 9999)
         };
         let one = of("ip saddr 10.0.0.0/8 tcp dport 22 drop\n\t\tip saddr 172.16.0.0/12 drop");

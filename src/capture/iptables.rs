@@ -15,9 +15,9 @@ use super::{
     change::Change,
     netlink::BaseChain,
     nft,
-    place::{self, Place},
+    place::{self, RulesPlace},
     program::{Program, ProgramError},
-    rules::{Declared, Hook, MARK, Part, Rules, Shape},
+    rules::{Declared, Hook, MARK, RulePart, Rules, Shape},
 };
 use crate::{
     config::{CaptureScope, Guard},
@@ -26,7 +26,7 @@ use crate::{
 
 mod kernel;
 
-use kernel::{Entry, Kernel};
+use kernel::{Entry, NumberedRules};
 
 /// The hook for arriving packets.
 const PREROUTING: Entry = Entry { name: "PREROUTING", chain: super::rules::CHAINS[0] };
@@ -43,15 +43,23 @@ const RESTORE: [&str; 2] = ["--wait=5", "--noflush"];
 
 /// The programs of one address family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Family {
+struct FamilyPrograms {
     v6: bool,
     save: Program,
     restore: Program,
 }
 
-const FAMILIES: [Family; 2] = [
-    Family { v6: false, save: Program("iptables-save"), restore: Program("iptables-restore") },
-    Family { v6: true, save: Program("ip6tables-save"), restore: Program("ip6tables-restore") },
+const FAMILIES: [FamilyPrograms; 2] = [
+    FamilyPrograms {
+        v6: false,
+        save: Program("iptables-save"),
+        restore: Program("iptables-restore"),
+    },
+    FamilyPrograms {
+        v6: true,
+        save: Program("ip6tables-save"),
+        restore: Program("ip6tables-restore"),
+    },
 ];
 
 /// The writer of our chains.
@@ -59,14 +67,14 @@ const FAMILIES: [Family; 2] = [
 pub struct Iptables {
     /// Reads the rules, if the programs write to nf_tables. Rules of the older `legacy` programs are shown only by these
     /// programs.
-    kernel: Option<Kernel>,
+    kernel: Option<NumberedRules>,
     /// nf_tables, if the kernel has it and the programs do not write there: used only to count and to refuse connections.
-    beside: Option<Kernel>,
+    beside: Option<NumberedRules>,
     /// Our rules as listed right after they were written.
     listed: Option<String>,
     /// The port for which connections are counted and refused.
     counted: Option<u16>,
-    lacks: Vec<(Part, String)>,
+    lacks: Vec<(RulePart, String)>,
 }
 
 impl Iptables {
@@ -76,34 +84,35 @@ impl Iptables {
         let (kernel, beside) = match is_nf_tables(v4.save.run(&["--version"], "").await?) {
             true => {
                 v4.restore.run(&["--version"], "").await?;
-                (Some(Kernel::open()?), None)
+                (Some(NumberedRules::open()?), None)
             }
             false => {
                 v4.nat().await?;
-                (None, Kernel::open().ok())
+                (None, NumberedRules::open().ok())
             }
         };
         let guards = shape.guard != Guard::Off;
-        let guard = guards.then(|| (Part::Guard, "iptables has no rules for bridges".to_owned()));
+        let guard =
+            guards.then(|| (RulePart::Guard, "iptables has no rules for bridges".to_owned()));
         let refusal = nft::lack_of_refusal(shape).filter(|_| shape.refusing);
-        let refusal = refusal.map(|reason| (Part::Refusal, reason));
+        let refusal = refusal.map(|reason| (RulePart::Refusal, reason));
         let lacks = guard.into_iter().chain(refusal).collect();
         Ok(Self { kernel, beside, listed: None, counted: None, lacks })
     }
 
     /// The optional parts that it cannot do, each with what is missing.
-    pub(super) fn lacks(&self) -> &[(Part, String)] {
+    pub(super) fn lacks(&self) -> &[(RulePart, String)] {
         &self.lacks
     }
 
     /// The nf_tables connection that counts and refuses, if there is one.
-    fn counting(&mut self) -> Option<&mut Kernel> {
+    fn counting(&mut self) -> Option<&mut NumberedRules> {
         self.kernel.as_mut().or(self.beside.as_mut())
     }
 
     /// The descriptor to hand over to the next process.
     pub(super) fn owner(&self) -> Option<BorrowedFd<'_>> {
-        self.kernel.as_ref().or(self.beside.as_ref()).map(Kernel::owner)
+        self.kernel.as_ref().or(self.beside.as_ref()).map(NumberedRules::owner)
     }
 
     /// Continues with the counts of the previous process, which had the same port.
@@ -227,7 +236,7 @@ impl Iptables {
     }
 
     /// A family's `nat` table in the form of `iptables-save`.
-    async fn saved(&mut self, family: Family) -> Result<String, CaptureError> {
+    async fn saved(&mut self, family: FamilyPrograms) -> Result<String, CaptureError> {
         match &mut self.kernel {
             Some(kernel) => Ok(kernel.saved(family.v6, &ENTRIES)?),
             None => Ok(family.nat().await?),
@@ -240,7 +249,7 @@ fn is_nf_tables(version: String) -> bool {
     version.contains("nf_tables")
 }
 
-/// Removes the deletions from a script. [`Kernel::settle`] deletes by handle instead.
+/// Removes the deletions from a script. [`NumberedRules::settle`] deletes by handle instead.
 fn without_deletions(script: &str) -> String {
     script.split_inclusive('\n').filter(|line| !line.starts_with("-D ")).collect()
 }
@@ -259,37 +268,39 @@ fn torn(listed: Option<&str>, written: usize) -> Option<Change> {
 }
 
 /// The position of our rules at `hook`. nft chains may come before iptables. Only reads.
-pub(super) async fn place(chains: &[BaseChain], hook: Hook) -> Result<Place, CaptureError> {
+pub(super) async fn place(chains: &[BaseChain], hook: Hook) -> Result<RulesPlace, CaptureError> {
     let entry = match hook {
         Hook::Prerouting => PREROUTING,
         Hook::Output => OUTPUT,
-        Hook::Input => return Ok(Place::Absent),
+        Hook::Input => return Ok(RulesPlace::Absent),
     };
     let earlier = place::before_iptables(chains, hook);
     let [v4, _] = FAMILIES;
     if !is_nf_tables(v4.save.run(&["--version"], "").await?) {
         return Ok(place_in(&v4.nat().await?, entry, earlier));
     }
-    let place = place_in(&Kernel::open()?.saved(false, &ENTRIES)?, entry, earlier.clone());
+    let place = place_in(&NumberedRules::open()?.saved(false, &ENTRIES)?, entry, earlier.clone());
     // The program shows the first rule in a form that people know, if it can show the table.
     match v4.nat().await.map(|saved| place_in(&saved, entry, earlier)) {
-        Ok(Place::Behind(what)) if matches!(place, Place::Behind(_)) => Ok(Place::Behind(what)),
+        Ok(RulesPlace::Behind(what)) if matches!(place, RulesPlace::Behind(_)) => {
+            Ok(RulesPlace::Behind(what))
+        }
         _ => Ok(place),
     }
 }
 
 /// The position in the text of `iptables-save`. `earlier` is a chain that comes before iptables.
-fn place_in(saved: &str, entry: Entry, earlier: Option<String>) -> Place {
-    let Some(first) = rules_of(saved, entry).next() else { return Place::Absent };
+fn place_in(saved: &str, entry: Entry, earlier: Option<String>) -> RulesPlace {
+    let Some(first) = rules_of(saved, entry).next() else { return RulesPlace::Absent };
     if !rules_of(saved, entry).any(is_jump) {
-        return Place::Absent;
+        return RulesPlace::Absent;
     }
     match earlier {
-        Some(earlier) => Place::Behind(earlier),
-        None if is_jump(first) => Place::First,
+        Some(earlier) => RulesPlace::Behind(earlier),
+        None if is_jump(first) => RulesPlace::First,
         None => {
             let rule = first.strip_prefix(&format!("-A {} ", entry.name)).unwrap_or(first);
-            Place::Behind(format!("rule {rule:?}"))
+            RulesPlace::Behind(format!("rule {rule:?}"))
         }
     }
 }
@@ -308,7 +319,7 @@ pub(super) fn plan(rules: &Rules) -> Vec<Script> {
 
 /// Removes our chain and its jumps, and the rules of the original program. Returns whether there was anything.
 pub(super) async fn remove() -> Result<bool, CaptureError> {
-    let in_kernel = Kernel::open().and_then(|mut kernel| kernel.remove(&ENTRIES, ANCESTOR));
+    let in_kernel = NumberedRules::open().and_then(|mut kernel| kernel.remove(&ENTRIES, ANCESTOR));
     let (mut found, mut first_error) = match in_kernel {
         Ok(found) => (found, None),
         Err(error) if error.is_missing() => (false, None),
@@ -341,7 +352,7 @@ pub(super) async fn remove() -> Result<bool, CaptureError> {
     first_error.map_or(Ok(found), Err)
 }
 
-impl Family {
+impl FamilyPrograms {
     async fn nat(self) -> Result<String, ProgramError> {
         self.save.saved("nat").await
     }
@@ -697,16 +708,16 @@ COMMIT
     fn our_jump_is_to_be_the_first_rule() {
         let (jump, dockers) = ("-A PREROUTING -j EMBASSY\n", "-A PREROUTING -j DOCKER\n");
         let of = |saved: &[&str]| place_in(&saved.concat(), PREROUTING, None);
-        assert_eq!(of(&[dockers]), Place::Absent);
-        assert_eq!(of(&[]), Place::Absent);
-        assert_eq!(of(&[jump, dockers]), Place::First);
-        assert_eq!(of(&[dockers, jump]), Place::Behind("rule \"-j DOCKER\"".to_owned()));
+        assert_eq!(of(&[dockers]), RulesPlace::Absent);
+        assert_eq!(of(&[]), RulesPlace::Absent);
+        assert_eq!(of(&[jump, dockers]), RulesPlace::First);
+        assert_eq!(of(&[dockers, jump]), RulesPlace::Behind("rule \"-j DOCKER\"".to_owned()));
         let earlier = place_in(jump, PREROUTING, Some("another".to_owned()));
-        assert_eq!(earlier, Place::Behind("another".to_owned()));
+        assert_eq!(earlier, RulesPlace::Behind("another".to_owned()));
         // The host's own connections have their own position.
         let sent = "-A OUTPUT -p tcp -j DOCKER\n-A OUTPUT -j EMBASSY_OUTPUT\n";
-        assert_eq!(place_in(jump, OUTPUT, None), Place::Absent);
-        let behind = Place::Behind("rule \"-p tcp -j DOCKER\"".to_owned());
+        assert_eq!(place_in(jump, OUTPUT, None), RulesPlace::Absent);
+        let behind = RulesPlace::Behind("rule \"-p tcp -j DOCKER\"".to_owned());
         assert_eq!(place_in(sent, OUTPUT, None), behind);
     }
 

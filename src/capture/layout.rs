@@ -8,7 +8,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::rules::{Declared, Hook, MARK, Places, RuleChanges, Rules, Shape};
+use super::rules::{Declared, ExtraAddresses, Hook, MARK, RuleChanges, Rules, Shape};
 use crate::{
     config::{CaptureScope, Guard},
     wiring::{Arrival, Interface, Mac, Wiring},
@@ -68,7 +68,7 @@ impl Family {
 
 /// The purpose of a set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Members {
+pub(super) enum SetUse {
     Vips,
     Own,
     /// VIPs and own addresses that are on none of the engine's bridges.
@@ -104,7 +104,7 @@ pub(super) enum Members {
 
 /// The type of a set's elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Key {
+pub(super) enum ElementKey {
     Address,
     AddressPort,
     Range,
@@ -119,95 +119,95 @@ pub(super) enum Key {
 /// One of our sets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Set {
-    pub(super) members: Members,
+    pub(super) members: SetUse,
     /// `None`: the elements contain no addresses.
     pub(super) family: Option<Family>,
 }
 
 impl Set {
-    pub(super) fn of(members: Members, family: Family) -> Self {
+    pub(super) fn of(members: SetUse, family: Family) -> Self {
         Self { members, family: Some(family) }
     }
 
-    pub(super) fn without_family(members: Members) -> Self {
+    pub(super) fn without_family(members: SetUse) -> Self {
         Self { members, family: None }
     }
 
-    pub(super) fn key(self) -> Key {
+    pub(super) fn key(self) -> ElementKey {
         match self.members {
-            Members::Vips
-            | Members::Own
-            | Members::Outer
-            | Members::Everywhere
-            | Members::Known
-            | Members::Targets
-            | Members::Owned => Key::Address,
-            Members::Anywhere | Members::Outside | Members::Sent | Members::Spared => {
-                Key::AddressPort
+            SetUse::Vips
+            | SetUse::Own
+            | SetUse::Outer
+            | SetUse::Everywhere
+            | SetUse::Known
+            | SetUse::Targets
+            | SetUse::Owned => ElementKey::Address,
+            SetUse::Anywhere | SetUse::Outside | SetUse::Sent | SetUse::Spared => {
+                ElementKey::AddressPort
             }
-            Members::Declared => Key::InterfaceAddressPort,
-            Members::Networks | Members::Near => Key::Range,
-            Members::Segments => Key::InterfaceRange,
-            Members::Bridges => Key::Interface,
-            Members::Guarded | Members::Sealed | Members::Offenders => Key::Index,
-            Members::Ports | Members::Forgers => Key::IndexAddress,
-            Members::Macs => Key::IndexMac,
+            SetUse::Declared => ElementKey::InterfaceAddressPort,
+            SetUse::Networks | SetUse::Near => ElementKey::Range,
+            SetUse::Segments => ElementKey::InterfaceRange,
+            SetUse::Bridges => ElementKey::Interface,
+            SetUse::Guarded | SetUse::Sealed | SetUse::Offenders => ElementKey::Index,
+            SetUse::Ports | SetUse::Forgers => ElementKey::IndexAddress,
+            SetUse::Macs => ElementKey::IndexMac,
         }
     }
 
     pub(super) fn home(self) -> Home {
         match self.members {
-            Members::Targets
-            | Members::Owned
-            | Members::Ports
-            | Members::Guarded
-            | Members::Sealed
-            | Members::Macs
-            | Members::Forgers
-            | Members::Offenders => Home::Bridge,
+            SetUse::Targets
+            | SetUse::Owned
+            | SetUse::Ports
+            | SetUse::Guarded
+            | SetUse::Sealed
+            | SetUse::Macs
+            | SetUse::Forgers
+            | SetUse::Offenders => Home::Bridge,
             _ => Home::Inet,
         }
     }
 
     /// Whether the guard drops what this set contains, unless [`Set::lets_pass`] allows it.
     pub(super) fn binds(self) -> bool {
-        matches!(self.members, Members::Owned | Members::Sealed)
+        matches!(self.members, SetUse::Owned | SetUse::Sealed)
     }
 
     pub(super) fn lets_pass(self) -> bool {
-        matches!(self.members, Members::Ports | Members::Macs)
+        matches!(self.members, SetUse::Ports | SetUse::Macs)
     }
 
     /// Whether the kernel adds the elements, from packets.
     pub(super) fn is_noted(self) -> bool {
-        matches!(self.members, Members::Forgers | Members::Offenders)
+        matches!(self.members, SetUse::Forgers | SetUse::Offenders)
     }
 }
 
 impl fmt::Display for Set {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = match self.members {
-            Members::Vips | Members::Targets => "vips",
-            Members::Own => "own",
-            Members::Outer => "outer",
-            Members::Everywhere => "everywhere",
-            Members::Bridges => "bridges",
-            Members::Declared => "declared",
-            Members::Anywhere => "anywhere",
-            Members::Outside => "outside",
-            Members::Sent => "sent",
-            Members::Spared => "spared",
-            Members::Known => "known",
-            Members::Networks => "networks",
-            Members::Segments => "segments",
-            Members::Near => "near",
-            Members::Owned => "owned",
-            Members::Ports => "ports",
-            Members::Guarded => "guarded",
-            Members::Sealed => "sealed",
-            Members::Macs => "macs",
-            Members::Forgers => "forgers",
-            Members::Offenders => "offenders",
+            SetUse::Vips | SetUse::Targets => "vips",
+            SetUse::Own => "own",
+            SetUse::Outer => "outer",
+            SetUse::Everywhere => "everywhere",
+            SetUse::Bridges => "bridges",
+            SetUse::Declared => "declared",
+            SetUse::Anywhere => "anywhere",
+            SetUse::Outside => "outside",
+            SetUse::Sent => "sent",
+            SetUse::Spared => "spared",
+            SetUse::Known => "known",
+            SetUse::Networks => "networks",
+            SetUse::Segments => "segments",
+            SetUse::Near => "near",
+            SetUse::Owned => "owned",
+            SetUse::Ports => "ports",
+            SetUse::Guarded => "guarded",
+            SetUse::Sealed => "sealed",
+            SetUse::Macs => "macs",
+            SetUse::Forgers => "forgers",
+            SetUse::Offenders => "offenders",
         };
         f.write_str(name)?;
         self.family.map_or(Ok(()), |family| write!(f, "{}", family.number()))
@@ -232,16 +232,16 @@ pub(super) enum Element {
 
 impl Element {
     /// The element of a route in this set. `None`: the route is not in it. This function alone decides what a rule matches.
-    fn of_route(Declared { key, arrival }: &Declared, members: Members) -> Option<Self> {
+    fn of_route(Declared { key, arrival }: &Declared, members: SetUse) -> Option<Self> {
         let (source, port) = (key.source, key.port.get());
         match (members, arrival) {
-            (Members::Declared, Arrival::By(interface)) => {
+            (SetUse::Declared, Arrival::By(interface)) => {
                 Some(Self::InterfaceAddressPort(*interface, source, port))
             }
             // Connections from this host have no interface on which they arrived.
-            (Members::Anywhere, Arrival::Anywhere)
-            | (Members::Outside, Arrival::Outside)
-            | (Members::Sent, _) => Some(Self::AddressPort(source, port)),
+            (SetUse::Anywhere, Arrival::Anywhere)
+            | (SetUse::Outside, Arrival::Outside)
+            | (SetUse::Sent, _) => Some(Self::AddressPort(source, port)),
             _ => None,
         }
     }
@@ -300,25 +300,25 @@ impl fmt::Display for Element {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Term {
     /// The address is in the set of this family; and the opposite.
-    Address(Side, Family, Members),
-    AddressNot(Side, Family, Members),
+    Address(Side, Family, SetUse),
+    AddressNot(Side, Family, SetUse),
     /// The address together with the TCP destination port is in the set.
-    AddressPort(Side, Family, Members),
+    AddressPort(Side, Family, SetUse),
     /// The arrival interface, the source address and the TCP destination port are in the set.
-    InterfaceAddressPort(Family, Members),
+    InterfaceAddressPort(Family, SetUse),
     /// The arrival interface and the source address are in the set.
-    InterfaceAddress(Family, Members),
+    InterfaceAddress(Family, SetUse),
     /// The arrival interface is not in the set; and the opposite.
-    InterfaceNot(Members),
-    Interface(Members),
+    InterfaceNot(SetUse),
+    Interface(SetUse),
     /// Bridges: the frame has this EtherType.
     Carries(u16),
     /// The port on which the frame arrived is in the set.
-    Port(Members),
+    Port(SetUse),
     /// The arrival port together with the sender's address in this field is not in the set.
-    PortNot(SenderField, Members),
+    PortNot(SenderField, SetUse),
     /// The sender's address in this field is in the set.
-    Claimed(SenderField, Members),
+    Claimed(SenderField, SetUse),
     /// Any ICMPv6; a neighbour advertisement (RFC 4861, 4.4).
     Icmp6,
     Advertisement,
@@ -338,7 +338,7 @@ pub(super) enum Term {
     MetaMark(u32),
     SocketMark(u32),
     /// The packet leaves by (or arrived on) another interface than loopback.
-    NotLoopback(Direction),
+    NotLoopback(InterfaceSide),
     /// A socket of this host listens or is connected there: on all addresses (`true`), or on this address.
     Socket(bool),
     Counter,
@@ -364,7 +364,7 @@ pub(super) enum SenderField {
 
 impl SenderField {
     /// The set of this purpose for this field.
-    pub(super) fn set(self, members: Members) -> Set {
+    pub(super) fn set(self, members: SetUse) -> Set {
         match self {
             Self::Source(family) => Set::of(members, family),
             Self::Arp => Set::of(members, Family::V4),
@@ -379,7 +379,7 @@ pub(super) const VLAN: [u16; 2] = [0x8100, 0x88a8];
 
 /// The input or the output interface of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Direction {
+pub(super) enum InterfaceSide {
     In,
     Out,
 }
@@ -456,30 +456,30 @@ pub(super) fn sets(shape: &Shape) -> impl Iterator<Item = Set> + use<> {
     let guards = guard != Guard::Off;
     let families = families(shape);
     let wanted = [
-        (Members::Vips, true),
-        (Members::Own, redirect),
-        (Members::Outer, true),
-        (Members::Everywhere, scope == CaptureScope::All),
-        (Members::Declared, true),
-        (Members::Anywhere, true),
-        (Members::Outside, true),
-        (Members::Sent, redirect),
-        (Members::Spared, redirect),
-        (Members::Known, unknown),
-        (Members::Networks, unknown),
-        (Members::Segments, unknown),
-        (Members::Near, notrack),
-        (Members::Targets, guards),
-        (Members::Owned, guards),
-        (Members::Ports, guards),
-        (Members::Forgers, guards),
+        (SetUse::Vips, true),
+        (SetUse::Own, redirect),
+        (SetUse::Outer, true),
+        (SetUse::Everywhere, scope == CaptureScope::All),
+        (SetUse::Declared, true),
+        (SetUse::Anywhere, true),
+        (SetUse::Outside, true),
+        (SetUse::Sent, redirect),
+        (SetUse::Spared, redirect),
+        (SetUse::Known, unknown),
+        (SetUse::Networks, unknown),
+        (SetUse::Segments, unknown),
+        (SetUse::Near, notrack),
+        (SetUse::Targets, guards),
+        (SetUse::Owned, guards),
+        (SetUse::Ports, guards),
+        (SetUse::Forgers, guards),
     ];
     let without_family = [
-        (Members::Bridges, true),
-        (Members::Guarded, guards),
-        (Members::Offenders, guards),
-        (Members::Sealed, guard == Guard::Full),
-        (Members::Macs, guard == Guard::Full),
+        (SetUse::Bridges, true),
+        (SetUse::Guarded, guards),
+        (SetUse::Offenders, guards),
+        (SetUse::Sealed, guard == Guard::Full),
+        (SetUse::Macs, guard == Guard::Full),
     ];
     let without_family = without_family.into_iter().filter(|(_, wanted)| *wanted);
     wanted
@@ -497,9 +497,9 @@ fn families(shape: &Shape) -> &'static [Family] {
 /// The elements of a set, sorted.
 pub(super) fn elements(set: Set, rules: &Rules) -> Vec<Element> {
     match set.home() {
-        Home::Bridge if set.members != Members::Targets => of_wiring(set, &rules.wiring),
+        Home::Bridge if set.members != SetUse::Targets => of_wiring(set, &rules.wiring),
         _ => match set.members {
-            Members::Declared | Members::Anywhere | Members::Outside | Members::Sent => {
+            SetUse::Declared | SetUse::Anywhere | SetUse::Outside | SetUse::Sent => {
                 let declared = rules.declared.iter();
                 let mut all = of_family(
                     set.family,
@@ -508,7 +508,7 @@ pub(super) fn elements(set: Set, rules: &Rules) -> Vec<Element> {
                 all.sort();
                 all
             }
-            Members::Known => {
+            SetUse::Known => {
                 of_family(set.family, rules.known.iter().copied().map(Element::Address))
             }
             _ => in_places(set, &rules.places),
@@ -529,18 +529,18 @@ fn of_wiring(set: Set, wiring: &Wiring) -> Vec<Element> {
         macs.flat_map(|(mac, owner)| owner.ports.iter().map(move |port| (*port, mac)))
     };
     let mut all: Vec<_> = match set.members {
-        Members::Owned => {
+        SetUse::Owned => {
             of_family(set.family, owners().map(|(address, _)| Element::Address(*address)))
         }
-        Members::Ports => {
+        SetUse::Ports => {
             let ports = owners().flat_map(|(address, owner)| {
                 owner.ports.iter().map(|port| Element::IndexAddress(*port, *address))
             });
             of_family(set.family, ports)
         }
-        Members::Guarded => wiring.ports.iter().copied().map(Element::Index).collect(),
-        Members::Sealed => sealed().map(|(port, _)| Element::Index(port)).collect(),
-        Members::Macs => sealed().map(|(port, mac)| Element::IndexMac(port, mac)).collect(),
+        SetUse::Guarded => wiring.ports.iter().copied().map(Element::Index).collect(),
+        SetUse::Sealed => sealed().map(|(port, _)| Element::Index(port)).collect(),
+        SetUse::Macs => sealed().map(|(port, mac)| Element::IndexMac(port, mac)).collect(),
         _ => Vec::new(),
     };
     all.sort();
@@ -548,29 +548,29 @@ fn of_wiring(set: Set, wiring: &Wiring) -> Vec<Element> {
     all
 }
 
-fn in_places(set: Set, places: &Places) -> Vec<Element> {
+fn in_places(set: Set, places: &ExtraAddresses) -> Vec<Element> {
     let addresses = |all: &std::collections::BTreeSet<IpAddr>| {
         of_family(set.family, all.iter().copied().map(Element::Address))
     };
     match set.members {
-        Members::Vips => addresses(&places.vips),
-        Members::Own => addresses(&places.own),
-        Members::Targets => {
+        SetUse::Vips => addresses(&places.vips),
+        SetUse::Own => addresses(&places.own),
+        SetUse::Targets => {
             let all: std::collections::BTreeSet<_> =
                 places.vips.union(&places.own).copied().collect();
             addresses(&all)
         }
-        Members::Outer => addresses(&places.outer),
-        Members::Everywhere => addresses(&places.everywhere),
-        Members::Bridges => places.bridges.iter().copied().map(Element::Interface).collect(),
-        Members::Segments => segments(set.family, &places.segments),
-        Members::Spared => {
+        SetUse::Outer => addresses(&places.outer),
+        SetUse::Everywhere => addresses(&places.everywhere),
+        SetUse::Bridges => places.bridges.iter().copied().map(Element::Interface).collect(),
+        SetUse::Segments => segments(set.family, &places.segments),
+        SetUse::Spared => {
             let spared = places.spared.iter();
             let spared = spared.map(|server| Element::AddressPort(server.ip(), server.port()));
             of_family(set.family, spared)
         }
-        Members::Networks => ranges(set.family, places.networks.iter()),
-        Members::Near => ranges(set.family, places.untracked.iter()),
+        SetUse::Networks => ranges(set.family, places.networks.iter()),
+        SetUse::Near => ranges(set.family, places.untracked.iter()),
         _ => Vec::new(),
     }
 }
@@ -646,7 +646,7 @@ pub(super) fn edits(changes: &RuleChanges, shape: &Shape) -> Vec<Edit> {
     });
     let edit = |set: Set| {
         let (removed, added) = match set.members {
-            Members::Declared | Members::Anywhere | Members::Outside | Members::Sent => {
+            SetUse::Declared | SetUse::Anywhere | SetUse::Outside | SetUse::Sent => {
                 let keys = |all: &[Declared]| {
                     let elements = all.iter().filter_map(|one| Element::of_route(one, set.members));
                     let mut all = of_family(set.family, elements);
@@ -656,18 +656,18 @@ pub(super) fn edits(changes: &RuleChanges, shape: &Shape) -> Vec<Edit> {
                 // If only the arrival interface changed, the element for sent connections stays the same.
                 differences(&keys(&changes.declared_removed), &keys(&changes.declared_added))
             }
-            Members::Known => {
+            SetUse::Known => {
                 let addresses = |all: &[IpAddr]| {
                     of_family(set.family, all.iter().copied().map(Element::Address))
                 };
                 (addresses(&changes.known_removed), addresses(&changes.known_added))
             }
-            Members::Owned | Members::Ports => {
+            SetUse::Owned | SetUse::Ports => {
                 owners.as_ref().map_or_else(Default::default, |(before, now)| {
                     differences(&of_wiring(set, before), &of_wiring(set, now))
                 })
             }
-            _ if set.home() == Home::Bridge && set.members != Members::Targets => {
+            _ if set.home() == Home::Bridge && set.members != SetUse::Targets => {
                 on_ports.as_ref().map_or_else(Default::default, |(before, now)| {
                     differences(&of_wiring(set, before), &of_wiring(set, now))
                 })
@@ -687,8 +687,8 @@ pub(super) fn edits(changes: &RuleChanges, shape: &Shape) -> Vec<Edit> {
 
 /// All our chains, the jump targets first.
 pub(super) fn chains(shape: &Shape) -> Vec<Chain> {
-    use Members::{Anywhere, Bridges, Declared, Everywhere, Known, Near, Networks, Outer, Outside};
-    use Members::{Own, Segments, Sent, Spared, Vips};
+    use SetUse::{Anywhere, Bridges, Declared, Everywhere, Known, Near, Networks, Outer, Outside};
+    use SetUse::{Own, Segments, Sent, Spared, Vips};
     use Side::{Destination, Source};
     let redirect = Term::Redirect(shape.port);
     let nat = |hook| Base { kind: BaseKind::Nat, hook, priority: shape.priority };
@@ -764,14 +764,14 @@ pub(super) fn chains(shape: &Shape) -> Vec<Chain> {
                 "untracked_out",
                 Hook::Output,
                 Destination,
-                Term::NotLoopback(Direction::Out),
+                Term::NotLoopback(InterfaceSide::Out),
                 Term::MetaMark(MARK),
             ),
             (
                 "untracked_in",
                 Hook::Prerouting,
                 Source,
-                Term::NotLoopback(Direction::In),
+                Term::NotLoopback(InterfaceSide::In),
                 Term::SocketMark(MARK),
             ),
         ] {
@@ -805,7 +805,7 @@ pub(super) fn refusing(port: u16) -> Chain {
 ///
 /// All packets are matched, not only those that open a connection: the TCP flags may be in a later fragment.
 fn guard(shape: &Shape) -> Vec<Chain> {
-    use Members::{Guarded, Macs, Owned, Ports, Sealed, Targets};
+    use SetUse::{Guarded, Macs, Owned, Ports, Sealed, Targets};
     use Side::{Destination, Source};
     if shape.guard == Guard::Off {
         return Vec::new();

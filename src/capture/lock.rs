@@ -44,7 +44,7 @@ impl Lock {
     /// Whether an embassy captures here, even if its process is not visible. Changes nothing. False without NET_ADMIN,
     /// which is needed to find out.
     pub fn is_held() -> bool {
-        let is_held = || Ok::<_, io::Error>(Group::is_taken(&open()?, GROUP)?);
+        let is_held = || Ok::<_, io::Error>(LogGroup::is_taken(&open()?, GROUP)?);
         is_held().unwrap_or_default()
     }
 
@@ -58,9 +58,9 @@ impl Lock {
             }
             Err(error) => return Err(error.into()),
         };
-        match Group::ask(&socket, GROUP, Group::BIND)? {
+        match LogGroup::ask(&socket, GROUP, LogGroup::BIND)? {
             Ok(()) => Ok(Some(Self { held: Some(socket) })),
-            Err(Errno::PERM) if Group::is_taken(&socket, GROUP)? => Ok(None),
+            Err(Errno::PERM) if LogGroup::is_taken(&socket, GROUP)? => Ok(None),
             // No such subsystem.
             Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::PROTONOSUPPORT) => {
                 tracing::debug!(
@@ -100,9 +100,9 @@ fn open() -> Result<OwnedFd, Errno> {
 }
 
 /// Requests about a group (linux/netfilter/nfnetlink_log.h).
-struct Group;
+struct LogGroup;
 
-impl Group {
+impl LogGroup {
     /// `NFULA_CFG_CMD`, with `NFULNL_CFG_CMD_BIND`.
     const BIND: (u16, &[u8]) = (1, &[1]);
     /// `NFULA_CFG_TIMEOUT`: only its holder can set that.

@@ -199,7 +199,7 @@ pub struct Standing {
     /// When the rules were last restored, and what was missing.
     pub restored: Option<(Instant, String)>,
     /// The optional parts of the rules that the firewall does not support, and why.
-    pub lacks: Vec<(rules::Part, String)>,
+    pub lacks: Vec<(rules::RulePart, String)>,
     /// Chains of this host's input that may drop captured connections.
     pub barriers: Vec<input::Barrier>,
     /// Whether connections really are dropped, by the counters.
@@ -212,7 +212,7 @@ pub struct Standing {
 
 impl Standing {
     /// Notes that the firewall does not support an optional part. Returns whether that is new.
-    fn lack(&mut self, part: rules::Part, reason: &str) -> bool {
+    fn lack(&mut self, part: rules::RulePart, reason: &str) -> bool {
         let known = self.lacks.iter_mut().find(|(one, _)| *one == part);
         let is_new = known.is_none();
         match known {
@@ -398,7 +398,7 @@ impl Suspended {
 }
 
 /// The position of our translating rules at `hook`, in `firewall`. Only reads.
-pub async fn place_of(firewall: Firewall, hook: Hook) -> Result<place::Place, CaptureError> {
+pub async fn place_of(firewall: Firewall, hook: Hook) -> Result<place::RulesPlace, CaptureError> {
     let chains = nft::base_chains();
     match firewall {
         Firewall::Nft => Ok(place::in_nft(&chains?, hook)),

@@ -14,12 +14,12 @@ use rustix::io::Errno;
 use super::{
     change::Change,
     error::CaptureError,
-    layout::{self, Family, Home, Members, Set},
+    layout::{self, Family, Home, Set, SetUse},
     lock::Lock,
     netlink::{
         self, BaseChain, Generation, Listing, Messages, NetlinkError, Socket, Table, TableName,
     },
-    rules::{DRAINING, NAME, Optional, Part, RuleChanges, Rules, Shape},
+    rules::{DRAINING, NAME, Optional, RuleChanges, RulePart, Rules, Shape},
 };
 
 /// The writer of our tables.
@@ -28,8 +28,8 @@ pub struct Nft {
     socket: Socket,
     /// Whether the tables belong to the socket.
     owned: bool,
-    lacks: Vec<(Part, String)>,
-    written: Option<Written>,
+    lacks: Vec<(RulePart, String)>,
+    written: Option<RulesInKernel>,
     /// The last known generation, whether we or another program caused it.
     seen: Generation,
     /// Another program changed something, which was not checked yet.
@@ -61,7 +61,7 @@ impl Offender {
 
 /// The rules in the kernel.
 #[derive(Debug)]
-struct Written {
+struct RulesInKernel {
     shape: Shape,
     /// The listing right after the rules were written, if other programs can change them.
     listing: Option<Listing>,
@@ -84,7 +84,7 @@ impl Nft {
     }
 
     /// The optional parts that this kernel does not support, each with what is missing.
-    pub(super) fn lacks(&self) -> &[(Part, String)] {
+    pub(super) fn lacks(&self) -> &[(RulePart, String)] {
         &self.lacks
     }
 
@@ -163,7 +163,7 @@ impl Nft {
             listing = Some(now);
         }
         if torn.is_none() {
-            self.written = Some(Written { shape: rules.shape, listing });
+            self.written = Some(RulesInKernel { shape: rules.shape, listing });
         }
         Ok(torn)
     }
@@ -186,7 +186,7 @@ impl Nft {
 
     /// Changes the priority of our chains. Returns what other programs changed meanwhile; `None`: nothing.
     pub(super) fn move_to(&mut self, rules: &Rules) -> Result<Option<Change>, CaptureError> {
-        let Some(Written { shape, .. }) = self.written.take() else { return Ok(None) };
+        let Some(RulesInKernel { shape, .. }) = self.written.take() else { return Ok(None) };
         self.apply(&netlink::other_chains(self.table(), &shape, &rules.shape))?;
         self.stands_as(rules)
     }
@@ -205,7 +205,9 @@ impl Nft {
         &mut self,
         rules: &Rules,
     ) -> Result<Option<(Change, String)>, CaptureError> {
-        let Some(Written { listing: Some(before), .. }) = &self.written else { return Ok(None) };
+        let Some(RulesInKernel { listing: Some(before), .. }) = &self.written else {
+            return Ok(None);
+        };
         let now = netlink::list(&mut self.socket, Table { name: NAME, owned: false }, rules)?;
         let found = compare(before, &now);
         if found.is_some() {
@@ -246,11 +248,11 @@ impl Nft {
         let table = Table { name: NAME, owned: false };
         let mut found = Vec::new();
         for family in Family::ALL {
-            let set = Set::of(Members::Forgers, family);
+            let set = Set::of(SetUse::Forgers, family);
             let keys = netlink::noted(&mut self.socket, table, set)?;
             found.extend(keys.iter().filter_map(|key| Offender::of(key)));
         }
-        let set = Set::without_family(Members::Offenders);
+        let set = Set::without_family(SetUse::Offenders);
         let keys = netlink::noted(&mut self.socket, table, set)?;
         found.extend(keys.iter().filter_map(|key| Offender::of(key)));
         Ok(found)
@@ -264,7 +266,7 @@ impl Nft {
     /// Ends the capture. The returned value keeps live connections translated until it is dropped. The name of our table is
     /// free for the next embassy.
     pub(super) fn remove(mut self) -> Result<(bool, Draining), CaptureError> {
-        let Some(Written { shape, .. }) = self.written.take() else {
+        let Some(RulesInKernel { shape, .. }) = self.written.take() else {
             let found = self.delete_what_is_there()?;
             return Ok((found, Draining { nft: self, name: None }));
         };
@@ -360,7 +362,7 @@ pub(super) fn lack_of_refusal(shape: &Shape) -> Option<String> {
         Err(error) => Some(error.to_string()),
         Ok(None) => Some("tables with an owner".to_owned()),
         Ok(Some(refused)) => {
-            let rest = needs(&shape.without(Optional::default().with(Part::Refusal)));
+            let rest = needs(&shape.without(Optional::default().with(RulePart::Refusal)));
             let needs = needs(shape);
             refused.into_iter().find(|what| needs.contains(what) && !rest.contains(what))
         }
@@ -369,7 +371,7 @@ pub(super) fn lack_of_refusal(shape: &Shape) -> Option<String> {
 
 /// The smallest set of parts without which nothing in `refused` is needed. Each part comes with the first thing refused
 /// because of it. An error that names what is refused if that is not enough even without all optional parts. Pure.
-fn lacking(shape: &Shape, refused: &[String]) -> Result<Vec<(Part, String)>, String> {
+fn lacking(shape: &Shape, refused: &[String]) -> Result<Vec<(RulePart, String)>, String> {
     let needs = |lacks: Optional| needs(&shape.without(lacks));
     let first_of = |needs: &HashSet<String>| refused.iter().find(|what| needs.contains(*what));
     if refused.is_empty() {

@@ -10,7 +10,7 @@ use super::{
 
 /// The position of our rules.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Place {
+pub enum RulesPlace {
     /// There are no rules of ours.
     Absent,
     /// No other rules come before ours.
@@ -67,15 +67,15 @@ impl fmt::Display for First {
 /// The priority of iptables' own chains (man 8 nft, "dstnat").
 const DSTNAT: i32 = -100;
 
-pub(super) fn in_nft(chains: &[BaseChain], hook: Hook) -> Place {
+pub(super) fn in_nft(chains: &[BaseChain], hook: Hook) -> RulesPlace {
     let ours = format!("inet {NAME} {}", hook.nft());
     let Some(own) = translating(chains, hook).find(|chain| chain.name == ours) else {
-        return Place::Absent;
+        return RulesPlace::Absent;
     };
     let others = translating(chains, hook).filter(|chain| chain.name != ours);
     match others.min_by_key(|chain| chain.priority) {
-        Some(first) if first.priority <= own.priority => Place::Behind(described(first)),
-        _ => Place::First,
+        Some(first) if first.priority <= own.priority => RulesPlace::Behind(described(first)),
+        _ => RulesPlace::First,
     }
 }
 
@@ -122,15 +122,15 @@ mod tests {
     #[test]
     fn of_nfts_chains_the_lowest_priority_comes_first() {
         let (ours, dockers) = (("inet embassy prerouting", -110), ("ip nat PREROUTING", -100));
-        assert_eq!(in_nft(&chains(&[dockers]), Hook::Prerouting), Place::Absent);
-        assert_eq!(in_nft(&chains(&[dockers, ours]), Hook::Prerouting), Place::First);
-        let behind = Place::Behind("nft's chain inet other pre, priority -150".to_owned());
+        assert_eq!(in_nft(&chains(&[dockers]), Hook::Prerouting), RulesPlace::Absent);
+        assert_eq!(in_nft(&chains(&[dockers, ours]), Hook::Prerouting), RulesPlace::First);
+        let behind = RulesPlace::Behind("nft's chain inet other pre, priority -150".to_owned());
         assert_eq!(in_nft(&chains(&[ours, ("inet other pre", -150)]), Hook::Prerouting), behind);
         // A filter chain translates nothing, and the chains of an embassy that drains are empty.
         let mut others =
             chains(&[ours, ("inet x a", -150), ("inet embassy_draining_7 prerouting", -150)]);
         others[1].kind = "filter".to_owned();
-        assert_eq!(in_nft(&others, Hook::Prerouting), Place::First);
+        assert_eq!(in_nft(&others, Hook::Prerouting), RulesPlace::First);
     }
 
     #[test]
@@ -169,8 +169,8 @@ mod tests {
     #[test]
     fn what_is_sent_from_here_has_a_place_of_its_own() {
         let all = at(Hook::Output, &[("inet embassy output", -110), ("ip early out", -150)]);
-        let behind = Place::Behind("nft's chain ip early out, priority -150".to_owned());
+        let behind = RulesPlace::Behind("nft's chain ip early out, priority -150".to_owned());
         assert_eq!(in_nft(&all, Hook::Output), behind);
-        assert_eq!(in_nft(&all, Hook::Prerouting), Place::Absent);
+        assert_eq!(in_nft(&all, Hook::Prerouting), RulesPlace::Absent);
     }
 }

@@ -18,12 +18,12 @@ use super::{
     CaptureCounts, CaptureError, Change, Drops, Firewall, TurnedAway,
     arrivals::Arrivals,
     backend::Backend,
-    input::{self, Barrier, Captured, Listings},
+    input::{self, Barrier, CapturedTraffic, FirewallListings},
     interface,
     nft::Offender,
     place::First,
     program::{READ, rest, time_of_programs},
-    rules::{Optional, PRIORITY, Part, Places, RuleChanges, RuleSettings, Rules},
+    rules::{ExtraAddresses, Optional, PRIORITY, RuleChanges, RulePart, RuleSettings, Rules},
 };
 use crate::{
     events::{Event, Events},
@@ -43,7 +43,7 @@ pub(super) struct Reconciler {
     counts: Arc<CaptureCounts>,
     events: Events,
     /// The table and the places of the current rules.
-    applied: Option<(Arc<Table>, Places)>,
+    applied: Option<(Arc<Table>, ExtraAddresses)>,
     /// Why the rules are being restored: the change by other programs, and what was missing.
     damage: Option<(Change, String)>,
     /// Servers for which it was logged that a consumer cannot have their port.
@@ -53,7 +53,7 @@ pub(super) struct Reconciler {
     ready: Option<Guard>,
     /// The priority of our chains, with nft. It only decreases: there is no need to increase it again.
     priority: i32,
-    surroundings: Surroundings,
+    surroundings: OtherRules,
     guarding: Guarding,
 }
 
@@ -71,12 +71,12 @@ struct Guarding {
 
 /// The rules of other programs that matter to us.
 #[derive(Default)]
-struct Surroundings {
+struct OtherRules {
     /// When others' rules may be read again, and whether they may have changed since they were.
     rest: Option<Instant>,
     may_have_changed: bool,
     /// They are being read: a program may take seconds for it, which the rules of a new container must not wait.
-    reading: JoinSet<(Listings, Duration)>,
+    reading: JoinSet<(FirewallListings, Duration)>,
     /// By what was read last: the chains that seem to drop captured connections, and the rule that does if none of them seems to.
     readable: Vec<Barrier>,
     /// Whether there is such a chain for each family of addresses in which connections are captured.
@@ -121,7 +121,7 @@ impl Reconciler {
             failing: false,
             ready,
             priority: PRIORITY,
-            surroundings: Surroundings { may_have_changed: true, ..Surroundings::default() },
+            surroundings: OtherRules { may_have_changed: true, ..OtherRules::default() },
             guarding: Guarding::default(),
         };
         let lacks = new.backend.lacks().to_vec();
@@ -132,10 +132,10 @@ impl Reconciler {
     }
 
     /// Logs the optional parts of the rules that are missing, except those that were missing before: a takeover that fails starts this again.
-    fn tell_lacks(&self, lacks: Vec<(Part, String)>) {
+    fn tell_lacks(&self, lacks: Vec<(RulePart, String)>) {
         let mut new = Vec::new();
         self.counts.stand(|standing| {
-            let is_new = |(part, reason): &(Part, String)| standing.lack(*part, reason);
+            let is_new = |(part, reason): &(RulePart, String)| standing.lack(*part, reason);
             new = lacks.into_iter().filter(is_new).collect();
         });
         for (part, reason) in &new {
@@ -256,7 +256,7 @@ impl Reconciler {
     async fn load(&mut self, table: &Arc<Table>) -> Result<(), CaptureError> {
         self.applied = None;
         if self.settings.leaves_untracked() && self.surroundings.rest.is_none() {
-            self.judge_notrack(&Listings::read().await);
+            self.judge_notrack(&FirewallListings::read().await);
         }
         if let Some(first) = self.first_of_others()?
             && let Some(place) = first.place_before(self.priority)
@@ -280,7 +280,7 @@ impl Reconciler {
         table: &Table,
         rules: &Rules,
         error: CaptureError,
-    ) -> Result<(Places, Option<Change>), CaptureError> {
+    ) -> Result<(ExtraAddresses, Option<Change>), CaptureError> {
         if self.reduced.is_some_and(|last| last.elapsed() < REDUCE) {
             return Err(error);
         }
@@ -330,8 +330,8 @@ impl Reconciler {
         Ok(())
     }
 
-    fn places(&self, table: &Table) -> Places {
-        let mut places = Places::of(table, &self.settings);
+    fn places(&self, table: &Table) -> ExtraAddresses {
+        let mut places = ExtraAddresses::of(table, &self.settings);
         if self.surroundings.tracked_for.is_some() {
             places.untracked.clear();
         }
@@ -342,7 +342,7 @@ impl Reconciler {
     fn written(
         &mut self,
         table: &Arc<Table>,
-        places: Places,
+        places: ExtraAddresses,
         torn: Option<Change>,
         start: Instant,
     ) {
@@ -445,12 +445,12 @@ impl Reconciler {
             && (self.settings.notrack || dropped || !self.surroundings.barriers.is_empty());
         let changed = self.surroundings.may_have_changed || unseen || dropped && !were_dropped;
         self.surroundings.may_have_changed = changed;
-        let Surroundings { rest, reading, .. } = &self.surroundings;
+        let OtherRules { rest, reading, .. } = &self.surroundings;
         if changed && reading.is_empty() && rest.is_none_or(|rest| Instant::now() >= rest) {
             self.surroundings.may_have_changed = false;
             self.surroundings.reading.spawn(async {
                 let (start, before) = (Instant::now(), time_of_programs());
-                let listings = Listings::read().await;
+                let listings = FirewallListings::read().await;
                 // A program that timed out was killed, and its processor time is not known yet.
                 let took = match listings.error() {
                     Some(_) => start.elapsed(),
@@ -546,19 +546,19 @@ impl Reconciler {
     }
 
     /// Called after other programs' rules were read. `took`: the processor time for it.
-    async fn learn(&mut self, listings: Listings, took: Duration, table: &Arc<Table>) {
+    async fn learn(&mut self, listings: FirewallListings, took: Duration, table: &Arc<Table>) {
         self.surroundings.rest = Some(Instant::now() + rest(took));
         if let Some(error) = listings.error() {
             debug!(%error, "cannot read all rules that captured connections pass");
         }
-        let vips = Places::of(table, &self.settings).vips;
-        let captured = Captured::at(self.settings.port, &vips);
+        let vips = ExtraAddresses::of(table, &self.settings).vips;
+        let captured = CapturedTraffic::at(self.settings.port, &vips);
         let readable = listings.barriers(&captured);
         let suspects = listings.suspects(&captured);
         let before = std::mem::replace(&mut self.surroundings.readable, readable);
         self.surroundings.bar_all = listings.bar_all(&captured, &vips);
         let suspected = std::mem::replace(&mut self.surroundings.suspects, suspects);
-        let Surroundings { readable, suspects, .. } = &self.surroundings;
+        let OtherRules { readable, suspects, .. } = &self.surroundings;
         // One that is gone may have been the reason. One that has come says nothing of what was lost before.
         let is_gone = before.iter().any(|barrier| !readable.contains(barrier))
             || suspected.iter().any(|barrier| !suspects.contains(barrier));
@@ -582,7 +582,7 @@ impl Reconciler {
 
     /// The obstacles to captured connections, from readable rules and from the counters.
     fn obstacles(&self) -> Vec<Barrier> {
-        let Surroundings { readable, suspects, arrivals, rest, .. } = &self.surroundings;
+        let OtherRules { readable, suspects, arrivals, rest, .. } = &self.surroundings;
         match readable.as_slice() {
             // Before others' rules were read, nothing can be said of them.
             [] if arrivals.dropped() && rest.is_some() => {
@@ -597,7 +597,7 @@ impl Reconciler {
 
     /// Whether connections are dropped, by the counters.
     fn drops(&self) -> Drops {
-        let Surroundings { readable, bar_all, arrivals, .. } = &self.surroundings;
+        let OtherRules { readable, bar_all, arrivals, .. } = &self.surroundings;
         let all_are = *bar_all && !readable.is_empty() && arrivals.none_passes();
         match (arrivals.dropped(), all_are) {
             (false, _) => Drops::NotCounted,
@@ -660,7 +660,7 @@ impl Reconciler {
     }
 
     /// Decides whether our own connections may bypass connection tracking. Logs changes.
-    fn judge_notrack(&mut self, listings: &Listings) {
+    fn judge_notrack(&mut self, listings: &FirewallListings) {
         if !self.settings.notrack {
             return;
         }
@@ -686,7 +686,7 @@ impl Reconciler {
 }
 
 /// All rules of a table, with these places.
-fn whole(table: &Table, settings: &RuleSettings, places: &Places, priority: i32) -> Rules {
+fn whole(table: &Table, settings: &RuleSettings, places: &ExtraAddresses, priority: i32) -> Rules {
     let mut rules = Rules::of(table, settings);
     rules.places = places.clone();
     rules.shape.priority = priority;

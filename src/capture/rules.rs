@@ -56,22 +56,22 @@ pub struct RuleSettings {
 impl RuleSettings {
     /// Whether unknown containers need their own rules. With the scope `all`, all containers are captured anyway.
     pub fn captures_unknown(&self) -> bool {
-        self.hold && self.scope == CaptureScope::Declared && !self.lacks.has(Part::Hold)
+        self.hold && self.scope == CaptureScope::Declared && !self.lacks.has(RulePart::Hold)
     }
 
     /// Whether addresses are bound to bridge ports.
     pub fn guards(&self) -> bool {
-        self.guard != Guard::Off && !self.lacks.has(Part::Guard)
+        self.guard != Guard::Off && !self.lacks.has(RulePart::Guard)
     }
 
     pub fn leaves_untracked(&self) -> bool {
-        self.notrack && !self.lacks.has(Part::Notrack)
+        self.notrack && !self.lacks.has(RulePart::Notrack)
     }
 }
 
 /// An optional part of the rules: without it, the rest still captures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Part {
+pub enum RulePart {
     /// Captures unknown containers, for `--hold`.
     Hold,
     Notrack,
@@ -84,7 +84,7 @@ pub enum Part {
     Refusal,
 }
 
-impl Part {
+impl RulePart {
     /// In order of importance, the least important first: that one is left out if it is unclear which of two is not
     /// supported.
     pub const ALL: [Self; 6] =
@@ -133,11 +133,11 @@ impl Part {
 pub struct Optional(u8);
 
 impl Optional {
-    pub fn has(self, part: Part) -> bool {
+    pub fn has(self, part: RulePart) -> bool {
         self.0 & Self::bit(part) != 0
     }
 
-    pub fn with(self, part: Part) -> Self {
+    pub fn with(self, part: RulePart) -> Self {
         Self(self.0 | Self::bit(part))
     }
 
@@ -145,25 +145,25 @@ impl Optional {
         Self(self.0 & !others.0)
     }
 
-    pub fn parts(self) -> impl Iterator<Item = Part> {
-        Part::ALL.into_iter().filter(move |part| self.has(*part))
+    pub fn parts(self) -> impl Iterator<Item = RulePart> {
+        RulePart::ALL.into_iter().filter(move |part| self.has(*part))
     }
 
     /// Every non-empty set of parts, the smallest sets first.
     pub fn choices() -> Vec<Self> {
-        let mut all: Vec<_> = (1..1 << Part::ALL.len()).map(Self).collect();
+        let mut all: Vec<_> = (1..1 << RulePart::ALL.len()).map(Self).collect();
         all.sort_by_key(|choice| choice.0.count_ones());
         all
     }
 
-    fn bit(part: Part) -> u8 {
+    fn bit(part: RulePart) -> u8 {
         match part {
-            Part::Count => 1,
-            Part::Notrack => 2,
-            Part::Hold => 4,
-            Part::Ipv6 => 8,
-            Part::Guard => 16,
-            Part::Refusal => 32,
+            RulePart::Count => 1,
+            RulePart::Notrack => 2,
+            RulePart::Hold => 4,
+            RulePart::Ipv6 => 8,
+            RulePart::Guard => 16,
+            RulePart::Refusal => 32,
         }
     }
 }
@@ -200,25 +200,25 @@ impl Shape {
             port: settings.port,
             unknown: settings.captures_unknown(),
             notrack: settings.leaves_untracked(),
-            v6: !settings.lacks.has(Part::Ipv6),
-            counted: !settings.lacks.has(Part::Count),
-            guard: if settings.lacks.has(Part::Guard) { Guard::Off } else { settings.guard },
-            refusing: !settings.lacks.has(Part::Refusal),
+            v6: !settings.lacks.has(RulePart::Ipv6),
+            counted: !settings.lacks.has(RulePart::Count),
+            guard: if settings.lacks.has(RulePart::Guard) { Guard::Off } else { settings.guard },
+            refusing: !settings.lacks.has(RulePart::Refusal),
             priority: PRIORITY,
         }
     }
 
-    pub fn has(self, part: Part) -> bool {
+    pub fn has(self, part: RulePart) -> bool {
         self != self.without(Optional::default().with(part))
     }
 
     pub fn without(mut self, lacks: Optional) -> Self {
-        self.unknown &= !lacks.has(Part::Hold);
-        self.notrack &= !lacks.has(Part::Notrack);
-        self.v6 &= !lacks.has(Part::Ipv6);
-        self.counted &= !lacks.has(Part::Count);
-        self.refusing &= !lacks.has(Part::Refusal);
-        if lacks.has(Part::Guard) {
+        self.unknown &= !lacks.has(RulePart::Hold);
+        self.notrack &= !lacks.has(RulePart::Notrack);
+        self.v6 &= !lacks.has(RulePart::Ipv6);
+        self.counted &= !lacks.has(RulePart::Count);
+        self.refusing &= !lacks.has(RulePart::Refusal);
+        if lacks.has(RulePart::Guard) {
             self.guard = Guard::Off;
         }
         self
@@ -227,7 +227,7 @@ impl Shape {
 
 /// Addresses that are captured besides the declared ports, and exempt addresses. There are few, and they seldom change.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Places {
+pub struct ExtraAddresses {
     pub vips: BTreeSet<IpAddr>,
     /// Addresses that are captured on declared ports only, with any scope: the host's own services listen there too.
     pub own: BTreeSet<IpAddr>,
@@ -252,7 +252,7 @@ pub struct Places {
     pub untracked: BTreeSet<IpNet>,
 }
 
-impl Places {
+impl ExtraAddresses {
     pub fn of(table: &Table, settings: &RuleSettings) -> Self {
         let vips: BTreeSet<_> = table.vips().iter().map(|vip| vip.0).collect();
         let wiring = table.wiring();
@@ -303,7 +303,7 @@ impl Places {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rules {
     pub shape: Shape,
-    pub places: Places,
+    pub places: ExtraAddresses,
     /// The consumers' addresses and ports that are captured.
     pub declared: BTreeSet<Declared>,
     /// Addresses of known containers. These are captured on declared ports only.
@@ -333,7 +333,7 @@ impl Rules {
     pub fn of(table: &Table, settings: &RuleSettings) -> Self {
         Self {
             shape: Shape::of(settings),
-            places: Places::of(table, settings),
+            places: ExtraAddresses::of(table, settings),
             declared: table.routes().filter_map(Declared::of).collect(),
             wiring: match settings.guards() {
                 true => table.wiring().clone(),
@@ -356,7 +356,7 @@ pub struct RuleChanges {
     pub known_added: Vec<IpAddr>,
     pub known_removed: Vec<IpAddr>,
     /// The values before and now, if they differ.
-    pub places: Option<Box<(Places, Places)>>,
+    pub places: Option<Box<(ExtraAddresses, ExtraAddresses)>>,
     /// The bindings of addresses to bridge ports before and now, if they differ.
     pub wiring: Option<(Arc<Wiring>, Arc<Wiring>)>,
 }
@@ -394,7 +394,7 @@ impl RuleChanges {
     }
 
     /// The same with changed places.
-    pub fn with_places(mut self, before: &Places, now: &Places) -> Self {
+    pub fn with_places(mut self, before: &ExtraAddresses, now: &ExtraAddresses) -> Self {
         self.places = (before != now).then(|| Box::new((before.clone(), now.clone())));
         self
     }
@@ -515,13 +515,13 @@ pub(super) mod tests {
                 refusing: true,
                 priority: PRIORITY,
             },
-            places: Places {
+            places: ExtraAddresses {
                 vips: ["172.17.0.1", "fd00::1"].map(address).into(),
                 outer: own.into_iter().chain([address("192.168.1.90")]).collect(),
                 own: own.into_iter().collect(),
                 bridges: [interface("docker0"), interface("br-x")].into(),
                 spared: spared.into_iter().collect(),
-                ..Places::default()
+                ..ExtraAddresses::default()
             },
             declared: all.map(|(source, port, by)| declared(source, port, by)).into(),
             known: BTreeSet::new(),

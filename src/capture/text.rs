@@ -4,8 +4,8 @@ use std::fmt::{self, Write};
 
 use super::{
     layout::{
-        Base, Chain, Direction, Family, Home, Key, Members, NOTED, NOTED_FOR, SenderField, Set,
-        Term, chains, elements, homes, sets,
+        Base, Chain, ElementKey, Family, Home, InterfaceSide, NOTED, NOTED_FOR, SenderField, Set,
+        SetUse, Term, chains, elements, homes, sets,
     },
     rules::{NAME, Rules},
 };
@@ -35,19 +35,19 @@ fn table(rules: &Rules, home: Home, out: &mut String) -> fmt::Result {
         };
         writeln!(out, "\tset {set} {{")?;
         match set.key() {
-            Key::Address => writeln!(out, "\t\ttype {address}")?,
-            Key::AddressPort => writeln!(out, "\t\ttype {address} . inet_service")?,
-            Key::Range => writeln!(out, "\t\ttype {address}\n\t\tflags interval")?,
-            Key::Interface => writeln!(out, "\t\ttype ifname")?,
-            Key::InterfaceAddressPort => {
+            ElementKey::Address => writeln!(out, "\t\ttype {address}")?,
+            ElementKey::AddressPort => writeln!(out, "\t\ttype {address} . inet_service")?,
+            ElementKey::Range => writeln!(out, "\t\ttype {address}\n\t\tflags interval")?,
+            ElementKey::Interface => writeln!(out, "\t\ttype ifname")?,
+            ElementKey::InterfaceAddressPort => {
                 writeln!(out, "\t\ttype ifname . {address} . inet_service")?;
             }
-            Key::InterfaceRange => {
+            ElementKey::InterfaceRange => {
                 writeln!(out, "\t\ttype ifname . {address}\n\t\tflags interval")?;
             }
-            Key::Index => writeln!(out, "\t\ttype iface_index")?,
-            Key::IndexAddress => writeln!(out, "\t\ttype iface_index . {address}")?,
-            Key::IndexMac => writeln!(out, "\t\ttype iface_index . ether_addr")?,
+            ElementKey::Index => writeln!(out, "\t\ttype iface_index")?,
+            ElementKey::IndexAddress => writeln!(out, "\t\ttype iface_index . {address}")?,
+            ElementKey::IndexMac => writeln!(out, "\t\ttype iface_index . ether_addr")?,
         }
         if set.is_noted() {
             let hours = NOTED_FOR / 3_600_000;
@@ -110,11 +110,11 @@ impl fmt::Display for Term {
             Self::Icmp6 => f.write_str("meta l4proto ipv6-icmp"),
             Self::Advertisement => f.write_str("icmpv6 type nd-neighbor-advert"),
             Self::NoteSource(family) => {
-                let set = Set::of(Members::Forgers, *family);
+                let set = Set::of(SetUse::Forgers, *family);
                 write!(f, "update @{set} {{ iif . {} saddr }}", family.nft())
             }
             Self::NotePort => {
-                write!(f, "update @{} {{ iif }}", Set::without_family(Members::Offenders))
+                write!(f, "update @{} {{ iif }}", Set::without_family(SetUse::Offenders))
             }
             Self::Drop => f.write_str("drop"),
             Self::Reject => f.write_str("reject with tcp reset"),
@@ -124,8 +124,8 @@ impl fmt::Display for Term {
             Self::Syn => f.write_str("tcp flags & (syn | ack) == syn"),
             Self::Translated => f.write_str("ct status dnat"),
             Self::MetaMark(mark) => write!(f, "meta mark {mark:#010x}"),
-            Self::NotLoopback(Direction::In) => f.write_str("iif != \"lo\""),
-            Self::NotLoopback(Direction::Out) => f.write_str("oif != \"lo\""),
+            Self::NotLoopback(InterfaceSide::In) => f.write_str("iif != \"lo\""),
+            Self::NotLoopback(InterfaceSide::Out) => f.write_str("oif != \"lo\""),
             Self::SocketMark(mark) => write!(f, "socket mark {mark:#010x}"),
             Self::Socket(everywhere) => write!(f, "socket wildcard {}", u8::from(*everywhere)),
             Self::Counter => f.write_str("counter"),

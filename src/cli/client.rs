@@ -10,14 +10,14 @@ use super::table::printable;
 use crate::{
     admin::api::{Error, Explain, Page},
     config::Admin,
-    listening::{self, Holder, Listener},
+    listening::{self, Holder, PortHolder},
     source::SourceError,
     tls,
 };
 
 /// The API's address, and the output format.
 #[derive(Debug, Clone, clap::Args)]
-pub(super) struct Asked {
+pub(super) struct ApiTarget {
     /// Address of the running embassy's API, as in its --admin: ip:port or unix:///path [env: EMBASSY_ADMIN]
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9990")]
     admin: Admin,
@@ -27,7 +27,7 @@ pub(super) struct Asked {
     pub(super) json: bool,
 }
 
-impl Asked {
+impl ApiTarget {
     pub(super) fn client(&self) -> Result<Client> {
         Client::new(self.admin.clone())
     }
@@ -129,7 +129,7 @@ impl Client {
     }
 
     /// Who listens at the API's address, if it is one of this network namespace.
-    pub(super) fn listener(&self) -> Listener {
+    pub(super) fn listener(&self) -> PortHolder {
         match &self.at {
             Admin::Tcp(address) => listening::at(*address),
             Admin::Unix(path) => listening::at_path(path),
@@ -143,7 +143,7 @@ impl Client {
 
     fn failed(&self, error: &reqwest::Error) -> anyhow::Error {
         // The kernel takes a connection for a process that does not, until the queue is full.
-        if error.is_timeout() && (!error.is_connect() || self.listener() != Listener::Nobody) {
+        if error.is_timeout() && (!error.is_connect() || self.listener() != PortHolder::Nobody) {
             return self.silent(PATIENCE).into();
         }
         // The whole chain of errors: the cause is at its end.
@@ -157,20 +157,20 @@ impl Client {
 }
 
 /// What is said of one that gives no answer.
-fn silence(listener: &Listener, at: &Admin, time: Duration) -> Silent {
+fn silence(listener: &PortHolder, at: &Admin, time: Duration) -> Silent {
     let time = (time.as_secs_f64() * 10.0).round() / 10.0;
     let listens = |who: &str| format!("{who} listens at {at} and does not answer within {time} s");
     match listener {
-        Listener::Nobody => Silent {
+        PortHolder::Nobody => Silent {
             what: format!("{at} does not answer within {time} s"),
             fix: "set the address of an embassy that runs with --admin or EMBASSY_ADMIN".to_owned(),
         },
-        Listener::Hidden => Silent {
+        PortHolder::Hidden => Silent {
             what: listens("a program that is not visible from here"),
             fix: "run this command as root on the host: it then shows the program, and whether it is stopped"
                 .to_owned(),
         },
-        Listener::Process(holder) => {
+        PortHolder::Process(holder) => {
             let Holder { pid, name, is_stopped } = holder;
             let what = listens(&holder.to_string());
             match is_stopped {
@@ -205,7 +205,7 @@ mod tests {
     fn who_gives_no_answer_is_named_with_what_to_do() {
         let at = "127.0.0.1:9990".parse().unwrap();
         let holder = |name: &str, is_stopped| {
-            Listener::Process(Holder { pid: 7, name: name.to_owned(), is_stopped })
+            PortHolder::Process(Holder { pid: 7, name: name.to_owned(), is_stopped })
         };
         for (listener, begins, ends) in [
             (
@@ -216,11 +216,11 @@ mod tests {
             (holder("embassy", false), "embassy (process 7) listens", "top -p 7"),
             (holder("nginx", false), "nginx (process 7) listens", "EMBASSY_ADMIN"),
             (
-                Listener::Hidden,
+                PortHolder::Hidden,
                 "a program that is not visible from here listens",
                 "whether it is stopped",
             ),
-            (Listener::Nobody, "127.0.0.1:9990 does not answer within 5 s", "EMBASSY_ADMIN"),
+            (PortHolder::Nobody, "127.0.0.1:9990 does not answer within 5 s", "EMBASSY_ADMIN"),
         ] {
             let text = silence(&listener, &at, PATIENCE).to_string();
             assert!(text.starts_with(begins) && text.ends_with(ends), "{text}");

@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use super::{
     Answer,
-    client::Asked,
+    client::ApiTarget,
     findings, ps,
     table::{age, printable},
 };
@@ -19,7 +19,7 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub(super) struct Explain {
     #[command(flatten)]
-    asked: Asked,
+    asked: ApiTarget,
 
     /// Consumer: container name, ID prefix, or one of its IP addresses
     #[arg(value_name = "CONTAINER")]

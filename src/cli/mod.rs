@@ -11,7 +11,7 @@ use clap::{
 };
 
 use crate::{
-    config::{self, Config, Stop, UsageError},
+    config::{self, Config, NoConfig, UsageError},
     text::{visible, visible_json, visible_lines, without_secrets},
 };
 
@@ -76,7 +76,7 @@ const WITH_FLAGS: [&str; 2] = ["doctor", "plan"];
 pub fn run(words: &[String], env: &dyn Fn(&str) -> Option<String>) -> Option<ExitCode> {
     let (name, rest) = words.split_first()?;
     let command = match (name.as_str(), commands().find_subcommand(name)) {
-        ("help", _) => Err(Stop::Print(help_of(rest.first().map(String::as_str)))),
+        ("help", _) => Err(NoConfig::Print(help_of(rest.first().map(String::as_str)))),
         (name, Some(command)) => parse(name, command, rest, env),
         (name, None) if name.starts_with('-') || name.is_empty() => return None,
         (name, None) => Err(no_command(name).into()),
@@ -89,11 +89,11 @@ pub fn run(words: &[String], env: &dyn Fn(&str) -> Option<String>) -> Option<Exi
 }
 
 /// Prints help to stdout, or an error to stderr, instead of running a command.
-pub fn told(stop: &Stop) -> ExitCode {
+pub fn told(stop: &NoConfig) -> ExitCode {
     match stop {
-        Stop::Help => print(&help()),
-        Stop::Print(text) => print(text),
-        Stop::Usage(error) => {
+        NoConfig::Help => print(&help()),
+        NoConfig::Print(text) => print(text),
+        NoConfig::Usage(error) => {
             // One line, whatever the user typed.
             complain(visible(&error.to_string()));
             return ExitCode::from(2);
@@ -165,7 +165,7 @@ fn parse(
     command: &Clap,
     rest: &[String],
     env: &dyn Fn(&str) -> Option<String>,
-) -> Result<Command, Stop> {
+) -> Result<Command, NoConfig> {
     let mut rest = config::words(rest.iter().cloned(), command);
     let takes_admin = command.get_arguments().any(|arg| arg.get_long() == Some("admin"));
     // The flags of the proxy read the variable themselves.
@@ -181,7 +181,7 @@ fn parse(
 }
 
 impl Command {
-    fn run(self, env: &dyn Fn(&str) -> Option<String>) -> Result<anyhow::Result<Answer>, Stop> {
+    fn run(self, env: &dyn Fn(&str) -> Option<String>) -> Result<anyhow::Result<Answer>, NoConfig> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = match runtime.context("a runtime") {
             Ok(runtime) => runtime,
@@ -214,7 +214,7 @@ impl Command {
     }
 }
 
-fn finish(answer: Result<anyhow::Result<Answer>, Stop>) -> ExitCode {
+fn finish(answer: Result<anyhow::Result<Answer>, NoConfig>) -> ExitCode {
     match answer {
         Err(stop) => told(&stop),
         Ok(Ok(Answer { text, yes })) => {
@@ -251,7 +251,7 @@ mod tests {
         let commands = commands();
         let command = commands.find_subcommand(&words[0]).unwrap();
         parse(&words[0], command, &words[1..], env).map_err(|stop| match stop {
-            Stop::Usage(error) => error.to_string(),
+            NoConfig::Usage(error) => error.to_string(),
             other => panic!("{other:?}"),
         })
     }

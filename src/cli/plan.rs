@@ -19,7 +19,7 @@ use crate::{
         rules::{Hook, RuleSettings},
     },
     config::{Args, CaptureMode, Config, UsageError},
-    control::{Sources, Waiting},
+    control::{AwaitedParts, SourceStates},
     discovery::{Endpoints, Query},
     events::Events,
     model::Protocol,
@@ -154,9 +154,9 @@ impl Plan {
 }
 
 /// The first table with the answers of all sources. An error if the provider does not answer.
-async fn learned(config: &Config, rules: &RuleSettings) -> Result<(Arc<Table>, Sources)> {
+async fn learned(config: &Config, rules: &RuleSettings) -> Result<(Arc<Table>, SourceStates)> {
     let readiness = Readiness::default();
-    let waiting = Waiting {
+    let waiting = AwaitedParts {
         listing: readiness.wait_for(Part::Listing),
         answers: readiness.wait_for(Part::Discovery),
     };
@@ -182,7 +182,10 @@ async fn learned(config: &Config, rules: &RuleSettings) -> Result<(Arc<Table>, S
 }
 
 /// Waits until every query has its answer or its error, and the table knows the answers.
-async fn answered(tables: &mut watch::Receiver<Arc<Table>>, sources: &watch::Receiver<Sources>) {
+async fn answered(
+    tables: &mut watch::Receiver<Arc<Table>>,
+    sources: &watch::Receiver<SourceStates>,
+) {
     let queries = sources.borrow().queries.clone();
     for (_, answers) in &*queries {
         let said = |known: &Known<Endpoints>| known.value.is_some() || known.error.is_some();
@@ -197,7 +200,7 @@ async fn answered(tables: &mut watch::Receiver<Arc<Table>>, sources: &watch::Rec
     let _ = tables.wait_for(knows).await;
 }
 
-fn routes(table: &Table, sources: &Sources) -> Vec<Planned> {
+fn routes(table: &Table, sources: &SourceStates) -> Vec<Planned> {
     let mut routes: Vec<_> = table.routes().collect();
     routes.sort_by(|a, b| (&a.consumer_name, a.key).cmp(&(&b.consumer_name, b.key)));
     let error = |query: &Query| {
@@ -221,7 +224,7 @@ fn routes(table: &Table, sources: &Sources) -> Vec<Planned> {
     routes.iter().map(planned).collect()
 }
 
-fn skipped(table: &Table, sources: &Sources) -> Vec<Skipped> {
+fn skipped(table: &Table, sources: &SourceStates) -> Vec<Skipped> {
     let listing = sources.provider.borrow().value.clone().unwrap_or_default();
     let problems = listing.problems.iter().map(|problem| Skipped {
         consumer: problem.consumer.to_string(),
@@ -330,7 +333,8 @@ mod tests {
         };
         let queries = [(query, answers)].into();
         let (in_use, listing) = Default::default();
-        let (_sources, sources) = watch::channel(Sources { provider, queries, in_use, listing });
+        let (_sources, sources) =
+            watch::channel(SourceStates { provider, queries, in_use, listing });
         let (_tables, mut tables) = watch::channel(Arc::<Table>::default());
         let waiting = tokio::spawn(async move { answered(&mut tables, &sources).await });
         sleep(Duration::from_secs(3)).await;

@@ -8,7 +8,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
     Answer,
-    client::{Asked, Client, given},
+    client::{ApiTarget, Client, given},
     table::{Columns, age, bytes, connect, printable},
 };
 use crate::{
@@ -22,7 +22,7 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub(super) struct Ps {
     #[command(flatten)]
-    asked: Asked,
+    asked: ApiTarget,
 
     /// List endpoints instead of routes
     #[arg(long, short)]

@@ -12,12 +12,12 @@ use super::commands;
 
 /// A running proxy.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Proxy {
+pub(super) struct RunningProxy {
     pub(super) pid: u32,
 }
 
 /// The proxies whose processes are visible: in a container without `--pid=host` only those of the container.
-pub(super) fn proxies() -> Vec<Proxy> {
+pub(super) fn proxies() -> Vec<RunningProxy> {
     let Ok(own) = namespace(Path::new("/proc/self")) else { return Vec::new() };
     let commands = commands();
     let is_proxy = |folder: &Path| {
@@ -34,7 +34,7 @@ pub(super) fn proxies() -> Vec<Proxy> {
     let others = pids.filter(|pid| *pid != std::process::id());
     others
         .filter(|pid| is_proxy(Path::new(&format!("/proc/{pid}"))))
-        .map(|pid| Proxy { pid })
+        .map(|pid| RunningProxy { pid })
         .collect()
 }
 
@@ -66,7 +66,7 @@ pub(super) struct Start {
 }
 
 impl Start {
-    pub(super) fn of(proxy: &Proxy) -> Option<Self> {
+    pub(super) fn of(proxy: &RunningProxy) -> Option<Self> {
         let folder = PathBuf::from(format!("/proc/{}", proxy.pid));
         let environment = fs::read(folder.join("environ")).ok()?;
         let variables = environment.split(|byte| *byte == 0).filter_map(|variable| {

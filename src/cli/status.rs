@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use super::{
     Answer,
-    client::Asked,
+    client::ApiTarget,
     findings,
     table::{self, age, bytes, printable},
 };
@@ -19,7 +19,7 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub(super) struct Status {
     #[command(flatten)]
-    asked: Asked,
+    asked: ApiTarget,
 }
 
 impl Status {

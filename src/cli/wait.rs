@@ -14,14 +14,14 @@ use tokio::time::timeout;
 
 use super::{
     Answer,
-    client::{Asked, Client, PATIENCE},
+    client::{ApiTarget, Client, PATIENCE},
     table::printable,
 };
 use crate::{
     admin::api::{self, EndpointHealth, Subject, Verdict},
     config,
     counts::numbered,
-    listening::Listener,
+    listening::PortHolder,
     model::{Endpoint, Protocol},
     proxy::probe,
 };
@@ -35,7 +35,7 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub(super) struct Wait {
     #[command(flatten)]
-    asked: Asked,
+    asked: ApiTarget,
 
     /// Timeout, for example 500ms, 10s, 2m; 0: check once
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = config::duration)]
@@ -160,7 +160,7 @@ impl Wait {
         }
         let captures = status.findings.iter().filter(|finding| finding.cause == "nothing_captured");
         let mut unknown: Vec<_> = captures.map(|finding| printable(&finding.text)).collect();
-        let probes = !self.no_probe && client.listener() != Listener::Nobody;
+        let probes = !self.no_probe && client.listener() != PortHolder::Nobody;
         if !self.no_probe && !probes {
             let at = client.at();
             unknown.push(format!(

@@ -32,7 +32,7 @@ pub(crate) struct Args {
         help_heading = CAPTURE,
         value_name = "SCOPE",
         hide_possible_values = true,
-        value_parser = Offers(&["declared", "all"])
+        value_parser = Suggestions(&["declared", "all"])
     )]
     pub(super) capture: Option<String>,
 
@@ -43,7 +43,7 @@ pub(crate) struct Args {
         help_heading = CAPTURE,
         value_name = "TOOL",
         hide_possible_values = true,
-        value_parser = Offers(&["auto", "nft", "nft-shared", "iptables"])
+        value_parser = Suggestions(&["auto", "nft", "nft-shared", "iptables"])
     )]
     pub(super) firewall: Option<String>,
 
@@ -55,7 +55,7 @@ pub(crate) struct Args {
         help_heading = CAPTURE,
         value_name = "GUARD",
         hide_possible_values = true,
-        value_parser = Offers(&["vip", "full", "off"])
+        value_parser = Suggestions(&["vip", "full", "off"])
     )]
     pub(super) guard: Option<String>,
 
@@ -74,7 +74,7 @@ pub(crate) struct Args {
         help_heading = CONSUMERS,
         value_name = "PROVIDER",
         hide_possible_values = true,
-        value_parser = Offers(&["docker", "static"])
+        value_parser = Suggestions(&["docker", "static"])
     )]
     pub(super) provider: Option<String>,
 
@@ -161,7 +161,7 @@ pub(crate) struct Args {
         help_heading = TRAFFIC,
         value_name = "POLICY",
         hide_possible_values = true,
-        value_parser = Offers(&["rr", "leastconn"])
+        value_parser = Suggestions(&["rr", "leastconn"])
     )]
     pub(super) lb: Option<String>,
 
@@ -174,7 +174,7 @@ pub(crate) struct Args {
         help_heading = TRAFFIC,
         value_name = "PATH",
         hide_possible_values = true,
-        value_parser = Offers(&["proxy", "kernel", "auto"])
+        value_parser = Suggestions(&["proxy", "kernel", "auto"])
     )]
     pub(super) path: Option<String>,
 
@@ -235,7 +235,7 @@ pub(crate) struct Args {
         help_heading = OBSERVING,
         value_name = "FORMAT",
         hide_possible_values = true,
-        value_parser = Offers(&["text", "json"])
+        value_parser = Suggestions(&["text", "json"])
     )]
     pub(super) log_format: Option<String>,
 
@@ -268,9 +268,9 @@ pub(crate) struct Glog {
 
 /// Accepts any text, which `Config` parses later; shells offer these words.
 #[derive(Debug, Clone)]
-struct Offers(&'static [&'static str]);
+struct Suggestions(&'static [&'static str]);
 
-impl TypedValueParser for Offers {
+impl TypedValueParser for Suggestions {
     type Value = String;
 
     fn parse_ref(

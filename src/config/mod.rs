@@ -273,7 +273,7 @@ pub struct Conntrack {
 
 /// Why there is no `Config`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Stop {
+pub enum NoConfig {
     /// The proxy's `--help`, which lists the commands too.
     Help,
     /// The requested text, for stdout, with exit code 0.
@@ -293,7 +293,7 @@ impl UsageError {
     }
 }
 
-impl From<UsageError> for Stop {
+impl From<UsageError> for NoConfig {
     fn from(error: UsageError) -> Self {
         Self::Usage(error)
     }
@@ -305,7 +305,7 @@ impl Config {
     pub fn parse(
         words: impl IntoIterator<Item = String>,
         env: &dyn Fn(&str) -> Option<String>,
-    ) -> Result<Self, Stop> {
+    ) -> Result<Self, NoConfig> {
         let mut command = Self::flags();
         command.build();
         let words = self::words(words, &command);
@@ -315,7 +315,7 @@ impl Config {
             .try_get_matches_from(words)
             .and_then(|matches| Args::from_arg_matches(&matches))
             .map_err(|error| match error.kind() {
-                ErrorKind::DisplayHelp => Stop::Help,
+                ErrorKind::DisplayHelp => NoConfig::Help,
                 // The remaining word is the value of a flag that was itself taken for a value.
                 ErrorKind::UnknownArgument => taken.unwrap_or_else(|| stop(error)),
                 _ => stop(error),
@@ -380,7 +380,7 @@ impl Config {
 
 /// An error for commands such as `-v --state-dir off`: every flag except booleans takes the next word, even if it is a
 /// flag.
-fn taken_for_a_value(words: &[String], command: &Command) -> Option<Stop> {
+fn taken_for_a_value(words: &[String], command: &Command) -> Option<NoConfig> {
     let is_flag = |word: &str| {
         let name = word.trim_start_matches('-');
         name != word && command.get_arguments().any(|arg| arg.get_long() == Some(name))
@@ -396,7 +396,7 @@ fn next_word(flag: &str, word: &str) -> String {
 }
 
 /// clap's output. An error is put on one line.
-pub(crate) fn stop(error: clap::Error) -> Stop {
+pub(crate) fn stop(error: clap::Error) -> NoConfig {
     let context = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => Some(text.as_str()),
         Some(ContextValue::Strings(texts)) => texts.first().map(String::as_str),
@@ -407,7 +407,7 @@ pub(crate) fn stop(error: clap::Error) -> Stop {
     let word = word.split(' ').next().unwrap_or_default();
     let line = match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
-            return Stop::Print(error.render().to_string());
+            return NoConfig::Print(error.render().to_string());
         }
         ErrorKind::UnknownArgument if word.starts_with('-') => {
             let nearest = match context(ContextKind::SuggestedArg) {

@@ -24,7 +24,7 @@ fn shell(line: &str) -> Vec<String> {
     words
 }
 
-fn parse_with(line: &str, env: &[(&str, &str)]) -> Result<Config, Stop> {
+fn parse_with(line: &str, env: &[(&str, &str)]) -> Result<Config, NoConfig> {
     let env: HashMap<_, _> = env.iter().copied().collect();
     Config::parse(shell(line), &|name| env.get(name).map(|&value| value.to_owned()))
 }
@@ -35,7 +35,7 @@ fn parse(line: &str) -> Config {
 
 fn usage(line: &str, env: &[(&str, &str)]) -> String {
     match parse_with(line, env) {
-        Err(Stop::Usage(error)) => error.to_string(),
+        Err(NoConfig::Usage(error)) => error.to_string(),
         other => panic!("{line} {env:?}: {other:?}"),
     }
 }
@@ -580,7 +580,7 @@ fn a_secret_in_a_wrong_value_is_not_repeated() {
     for (word, flag) in words.iter().flat_map(|word| flags.map(|flag| (word, flag))) {
         for line in [format!("{flag} {word}"), format!("{flag}={word}")] {
             match parse_with(&line, &[]) {
-                Err(Stop::Usage(error)) => {
+                Err(NoConfig::Usage(error)) => {
                     assert!(!error.to_string().contains("S3CRET"), "{line}: {error}");
                 }
                 // Without the static provider it has no effect.
@@ -633,11 +633,11 @@ fn a_links_variable_is_not_ours() {
 #[test]
 fn help_and_version_are_printed() {
     for line in ["--help", "-help", "-h", "-p 1 -h"] {
-        assert_eq!(parse_with(line, &[]).unwrap_err(), Stop::Help, "{line}");
+        assert_eq!(parse_with(line, &[]).unwrap_err(), NoConfig::Help, "{line}");
     }
     for line in ["--version", "-version", "-V"] {
         let version = format!("embassy {}\n", env!("CARGO_PKG_VERSION"));
-        assert_eq!(parse_with(line, &[]).unwrap_err(), Stop::Print(version));
+        assert_eq!(parse_with(line, &[]).unwrap_err(), NoConfig::Print(version));
     }
 }
 
@@ -670,7 +670,7 @@ proptest::proptest! {
     ) {
         let lines = [words.clone(), [words, vec![flag.clone(), value.clone()]].concat(), vec![flag + &value]];
         for line in lines {
-            if let Err(Stop::Usage(error)) = Config::parse(line, &|_| None) {
+            if let Err(NoConfig::Usage(error)) = Config::parse(line, &|_| None) {
                 assert!(!error.to_string().contains('\n'), "{error}");
             }
         }

@@ -34,12 +34,12 @@ pub(super) struct Limited {
     /// The number of used bindings for each query.
     asked: HashMap<Query, usize>,
     /// The consumers of which only a part is used.
-    cut: BTreeMap<ConsumerId, Cut>,
+    cut: BTreeMap<ConsumerId, LimitedConsumer>,
 }
 
 /// A consumer of which only a part is used.
 #[derive(Debug)]
-struct Cut {
+struct LimitedConsumer {
     whole: Arc<Consumer>,
     used: Arc<Consumer>,
     beyond: Vec<Beyond>,
@@ -107,7 +107,8 @@ impl Limited {
         }
         // Then the consumers that wait for services, then the new ones. In both groups, those that started earlier come
         // first.
-        let waits = |cut: &&Cut| cut.beyond.iter().any(|one| one.limit == Limit::Services);
+        let waits =
+            |cut: &&LimitedConsumer| cut.beyond.iter().any(|one| one.limit == Limit::Services);
         let mut waiting: Vec<_> =
             self.cut.values().filter(waits).map(|cut| cut.whole.clone()).collect();
         waiting.sort_by(|a, b| key(a).cmp(&key(b)));
@@ -202,7 +203,7 @@ impl Limited {
         let beyond = beyond
             .map(|(limit, most, bindings)| Beyond { limit, most, consumer: with(bindings) })
             .collect();
-        let cut = Cut { used: with(&used), beyond, whole: whole.clone() };
+        let cut = LimitedConsumer { used: with(&used), beyond, whole: whole.clone() };
         self.cut.insert(whole.id.clone(), cut);
     }
 }

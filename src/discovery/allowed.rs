@@ -37,7 +37,12 @@ pub struct Bounds {
 
 impl Bounds {
     /// Why an endpoint of this discovery must not be used. `None`: it may be used.
-    pub fn refusal(&self, via: &str, endpoint: Endpoint, vips: &BTreeSet<Vip>) -> Option<Refusal> {
+    pub fn refusal(
+        &self,
+        via: &str,
+        endpoint: Endpoint,
+        vips: &BTreeSet<Vip>,
+    ) -> Option<NotAllowed> {
         self.allowed.get(via)?.refusal(endpoint, Here { vips, own: &self.own })
     }
 }
@@ -51,7 +56,7 @@ struct Here<'a> {
 
 /// Why an endpoint must not be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refusal {
+pub enum NotAllowed {
     Unspecified,
     Multicast,
     Loopback,
@@ -62,7 +67,7 @@ pub enum Refusal {
     Outside,
 }
 
-impl fmt::Display for Refusal {
+impl fmt::Display for NotAllowed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Unspecified => "it is an unspecified address",
@@ -77,7 +82,7 @@ impl fmt::Display for Refusal {
     }
 }
 
-impl Refusal {
+impl NotAllowed {
     /// What to do about it.
     pub fn fix(self) -> &'static str {
         match self {
@@ -95,38 +100,38 @@ impl Refusal {
 }
 
 impl Allowed {
-    fn refusal(&self, endpoint: Endpoint, here: Here<'_>) -> Option<Refusal> {
+    fn refusal(&self, endpoint: Endpoint, here: Here<'_>) -> Option<NotAllowed> {
         let Self::Within { networks, loopback } = self else { return None };
         let address = endpoint.0.ip().to_canonical();
         if is_own(address, endpoint.0.port(), here) {
-            return Some(Refusal::Own);
+            return Some(NotAllowed::Own);
         }
         let networks = networks.as_deref();
         let listed = |net: &&IpNet| net.contains(&address);
         let Some(special) = special(address, here.vips) else {
             let outside = networks.is_some_and(|all| !all.iter().any(|net| listed(&net)));
-            return outside.then_some(Refusal::Outside);
+            return outside.then_some(NotAllowed::Outside);
         };
         // A special address is only allowed by a network that consists of such addresses: 0.0.0.0/0 does not allow
         // 127.0.0.1.
         let means = |net: &&IpNet| match special {
-            Refusal::Loopback | Refusal::LinkLocal => {
+            NotAllowed::Loopback | NotAllowed::LinkLocal => {
                 let bounds = [net.network(), net.broadcast()];
                 bounds
                     .into_iter()
                     .all(|bound| self::special(bound, &BTreeSet::new()) == Some(special))
             }
-            Refusal::Metadata | Refusal::Vip => net.prefix_len() == net.max_prefix_len(),
+            NotAllowed::Metadata | NotAllowed::Vip => net.prefix_len() == net.max_prefix_len(),
             _ => false,
         };
-        let allowed = (special == Refusal::Loopback && *loopback)
+        let allowed = (special == NotAllowed::Loopback && *loopback)
             || networks.unwrap_or_default().iter().filter(listed).any(|net| means(&net));
         (!allowed).then_some(special)
     }
 }
 
 /// Why no instance of a service can have this address. `None`: it can.
-fn special(address: IpAddr, vips: &BTreeSet<Vip>) -> Option<Refusal> {
+fn special(address: IpAddr, vips: &BTreeSet<Vip>) -> Option<NotAllowed> {
     let (unspecified, multicast, loopback, link_local) = match address {
         IpAddr::V4(v4) => (
             // "This network" (RFC 1122, section 3.2.1.3): Linux then connects to the host itself.
@@ -141,12 +146,12 @@ fn special(address: IpAddr, vips: &BTreeSet<Vip>) -> Option<Refusal> {
     };
     let vip = || vips.iter().any(|vip| vip.0.to_canonical() == address);
     match () {
-        () if unspecified => Some(Refusal::Unspecified),
-        () if multicast => Some(Refusal::Multicast),
-        () if loopback => Some(Refusal::Loopback),
-        () if METADATA.contains(&address) => Some(Refusal::Metadata),
-        () if link_local => Some(Refusal::LinkLocal),
-        () if vip() => Some(Refusal::Vip),
+        () if unspecified => Some(NotAllowed::Unspecified),
+        () if multicast => Some(NotAllowed::Multicast),
+        () if loopback => Some(NotAllowed::Loopback),
+        () if METADATA.contains(&address) => Some(NotAllowed::Metadata),
+        () if link_local => Some(NotAllowed::LinkLocal),
+        () if vip() => Some(NotAllowed::Vip),
         () => None,
     }
 }
@@ -175,7 +180,7 @@ fn is_own(address: IpAddr, port: u16, here: Here<'_>) -> bool {
 mod tests {
     use super::*;
 
-    fn refusal(networks: &[&str], loopback: bool, endpoint: &str) -> Option<Refusal> {
+    fn refusal(networks: &[&str], loopback: bool, endpoint: &str) -> Option<NotAllowed> {
         let networks: Option<Arc<[IpNet]>> = (!networks.is_empty())
             .then(|| networks.iter().map(|net| net.parse().unwrap()).collect());
         let vips = [Vip("172.17.0.1".parse().unwrap()), Vip("fd00:17::1".parse().unwrap())].into();
@@ -198,30 +203,30 @@ mod tests {
             ("2001:db8::1", None),
             ("fd00::1", None),
             ("::ffff:10.0.0.1", None),
-            ("127.0.0.1", Some(Refusal::Loopback)),
-            ("127.8.9.10", Some(Refusal::Loopback)),
-            ("::1", Some(Refusal::Loopback)),
-            ("::ffff:127.0.0.1", Some(Refusal::Loopback)),
-            ("0.0.0.0", Some(Refusal::Unspecified)),
-            ("0.1.2.3", Some(Refusal::Unspecified)),
-            ("::", Some(Refusal::Unspecified)),
-            ("::ffff:0.0.0.0", Some(Refusal::Unspecified)),
-            ("169.254.1.1", Some(Refusal::LinkLocal)),
-            ("fe80::1", Some(Refusal::LinkLocal)),
-            ("::ffff:169.254.1.1", Some(Refusal::LinkLocal)),
-            ("169.254.169.254", Some(Refusal::Metadata)),
-            ("::ffff:169.254.169.254", Some(Refusal::Metadata)),
-            ("fd00:ec2::254", Some(Refusal::Metadata)),
-            ("224.0.0.1", Some(Refusal::Multicast)),
-            ("255.255.255.255", Some(Refusal::Multicast)),
-            ("ff02::1", Some(Refusal::Multicast)),
-            ("172.17.0.1", Some(Refusal::Vip)),
-            ("::ffff:172.17.0.1", Some(Refusal::Vip)),
-            ("fd00:17::1", Some(Refusal::Vip)),
-            ("172.17.0.1:9999", Some(Refusal::Own)),
-            ("127.0.0.1:9999", Some(Refusal::Own)),
-            ("[::1]:9999", Some(Refusal::Own)),
-            ("10.0.0.1:9990", Some(Refusal::Own)),
+            ("127.0.0.1", Some(NotAllowed::Loopback)),
+            ("127.8.9.10", Some(NotAllowed::Loopback)),
+            ("::1", Some(NotAllowed::Loopback)),
+            ("::ffff:127.0.0.1", Some(NotAllowed::Loopback)),
+            ("0.0.0.0", Some(NotAllowed::Unspecified)),
+            ("0.1.2.3", Some(NotAllowed::Unspecified)),
+            ("::", Some(NotAllowed::Unspecified)),
+            ("::ffff:0.0.0.0", Some(NotAllowed::Unspecified)),
+            ("169.254.1.1", Some(NotAllowed::LinkLocal)),
+            ("fe80::1", Some(NotAllowed::LinkLocal)),
+            ("::ffff:169.254.1.1", Some(NotAllowed::LinkLocal)),
+            ("169.254.169.254", Some(NotAllowed::Metadata)),
+            ("::ffff:169.254.169.254", Some(NotAllowed::Metadata)),
+            ("fd00:ec2::254", Some(NotAllowed::Metadata)),
+            ("224.0.0.1", Some(NotAllowed::Multicast)),
+            ("255.255.255.255", Some(NotAllowed::Multicast)),
+            ("ff02::1", Some(NotAllowed::Multicast)),
+            ("172.17.0.1", Some(NotAllowed::Vip)),
+            ("::ffff:172.17.0.1", Some(NotAllowed::Vip)),
+            ("fd00:17::1", Some(NotAllowed::Vip)),
+            ("172.17.0.1:9999", Some(NotAllowed::Own)),
+            ("127.0.0.1:9999", Some(NotAllowed::Own)),
+            ("[::1]:9999", Some(NotAllowed::Own)),
+            ("10.0.0.1:9990", Some(NotAllowed::Own)),
             ("10.0.0.2:9990", None),
         ] {
             assert_eq!(refusal(&[], false, endpoint), expected, "{endpoint}");
@@ -234,10 +239,10 @@ mod tests {
             ("127.0.0.1", None),
             ("::1", None),
             ("::ffff:127.0.0.1", None),
-            ("127.0.0.1:9999", Some(Refusal::Own)),
-            ("0.0.0.0", Some(Refusal::Unspecified)),
-            ("169.254.169.254", Some(Refusal::Metadata)),
-            ("172.17.0.1", Some(Refusal::Vip)),
+            ("127.0.0.1:9999", Some(NotAllowed::Own)),
+            ("0.0.0.0", Some(NotAllowed::Unspecified)),
+            ("169.254.169.254", Some(NotAllowed::Metadata)),
+            ("172.17.0.1", Some(NotAllowed::Vip)),
         ] {
             assert_eq!(refusal(&[], true, endpoint), expected, "{endpoint}");
         }
@@ -249,22 +254,22 @@ mod tests {
         for (networks, endpoint, expected) in [
             (&["10.0.0.0/8"][..], "10.1.2.3", None),
             (&["10.0.0.0/8"], "::ffff:10.1.2.3", None),
-            (&["10.0.0.0/8"], "192.168.0.1", Some(Refusal::Outside)),
-            (&["10.0.0.0/8"], "2001:db8::1", Some(Refusal::Outside)),
+            (&["10.0.0.0/8"], "192.168.0.1", Some(NotAllowed::Outside)),
+            (&["10.0.0.0/8"], "2001:db8::1", Some(NotAllowed::Outside)),
             (&everything, "192.168.0.1", None),
-            (&everything, "127.0.0.1", Some(Refusal::Loopback)),
-            (&everything, "::1", Some(Refusal::Loopback)),
-            (&everything, "169.254.169.254", Some(Refusal::Metadata)),
-            (&everything, "172.17.0.1", Some(Refusal::Vip)),
+            (&everything, "127.0.0.1", Some(NotAllowed::Loopback)),
+            (&everything, "::1", Some(NotAllowed::Loopback)),
+            (&everything, "169.254.169.254", Some(NotAllowed::Metadata)),
+            (&everything, "172.17.0.1", Some(NotAllowed::Vip)),
             (&["127.0.0.0/8"], "127.0.0.1", None),
-            (&["127.0.0.0/8"], "127.0.0.1:9999", Some(Refusal::Own)),
+            (&["127.0.0.0/8"], "127.0.0.1:9999", Some(NotAllowed::Own)),
             (&["169.254.0.0/16"], "169.254.7.7", None),
-            (&["169.254.0.0/16"], "169.254.169.254", Some(Refusal::Metadata)),
+            (&["169.254.0.0/16"], "169.254.169.254", Some(NotAllowed::Metadata)),
             (&["169.254.169.254/32"], "169.254.169.254", None),
-            (&["172.17.0.0/16"], "172.17.0.1", Some(Refusal::Vip)),
+            (&["172.17.0.0/16"], "172.17.0.1", Some(NotAllowed::Vip)),
             (&["172.17.0.0/16"], "172.17.0.2", None),
             (&["172.17.0.1/32"], "172.17.0.1", None),
-            (&["0.0.0.0/32"], "0.0.0.0", Some(Refusal::Unspecified)),
+            (&["0.0.0.0/32"], "0.0.0.0", Some(NotAllowed::Unspecified)),
         ] {
             assert_eq!(refusal(networks, false, endpoint), expected, "{networks:?} {endpoint}");
         }

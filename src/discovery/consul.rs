@@ -25,13 +25,13 @@ use crate::{
 #[derive(Debug, Clone)]
 pub struct Consul {
     pub(super) client: Arc<ConsulClient>,
-    pub(super) asked: Asked,
+    pub(super) asked: ConsulParameters,
     healthy_only: bool,
 }
 
 /// The parameters of a `consul://` URI.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Asked {
+pub(super) struct ConsulParameters {
     /// `dc=`: the datacentre, if a descriptor names none.
     pub(super) dc: Option<String>,
     /// `token-file=`
@@ -48,7 +48,11 @@ pub(super) struct Asked {
 
 impl Consul {
     /// The agent at `base`. The scheme decides whether TLS is used.
-    pub(super) fn new(base: Url, asked: Asked, settings: &Options) -> Result<Self, String> {
+    pub(super) fn new(
+        base: Url,
+        asked: ConsulParameters,
+        settings: &Options,
+    ) -> Result<Self, String> {
         let token_file = asked.token_file.clone();
         let client = ConsulClient::new(base, token_file, &settings.consul)?;
         Ok(Self { client: Arc::new(client), asked, healthy_only: settings.healthy_only })

@@ -58,7 +58,7 @@ impl Dns {
 
     /// Follows `query`.
     pub fn source(self, query: Query) -> DnsSource {
-        let (used, answers) = (Hold::default(), Memory::default());
+        let (used, answers) = (Hold::default(), LastAnswers::default());
         DnsSource { server: self.resolver, hold: self.hold, query, used, answers, unsure: 0 }
     }
 }
@@ -70,7 +70,7 @@ pub struct DnsSource {
     hold: Duration,
     query: Query,
     used: Hold,
-    answers: Memory,
+    answers: LastAnswers,
     /// How often it was unknown so far whether the name has SRV records. From [`SURE`] times on, the name is then taken as a
     /// host.
     unsure: u8,
@@ -126,16 +126,16 @@ const LEAST: Duration = Duration::from_secs(1);
 
 /// The last useful answer to each question.
 #[derive(Debug, Default)]
-struct Memory(Mutex<HashMap<(Name, RecordType), Remembered>>);
+struct LastAnswers(Mutex<HashMap<(Name, RecordType), Remembered>>);
 
 #[derive(Debug)]
 struct Remembered {
     answer: Answer,
-    /// Whether the question was asked since [`Memory::forget_unasked`].
+    /// Whether the question was asked since [`LastAnswers::forget_unasked`].
     asked: bool,
 }
 
-impl Memory {
+impl LastAnswers {
     /// Keeps an answer.
     fn keep(&self, name: &Name, kind: RecordType, answer: &Answer) {
         let mut memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -229,7 +229,7 @@ struct Resolved {
 
 struct Session<'a> {
     client: Client,
-    answers: &'a Memory,
+    answers: &'a LastAnswers,
     name: Name,
     /// The port to use for a host without SRV records.
     port: String,
@@ -243,7 +243,11 @@ impl<'a> Session<'a> {
     /// Maximum number of targets that are looked up at the same time.
     const AT_A_TIME: usize = 8;
 
-    fn new(server: SocketAddr, query: &Query, answers: &'a Memory) -> Result<Self, SourceError> {
+    fn new(
+        server: SocketAddr,
+        query: &Query,
+        answers: &'a LastAnswers,
+    ) -> Result<Self, SourceError> {
         // The client itself answers questions for the domain `invalid`, whether there is a server or not. DNS servers also
         // know `test` (RFC 6761, section 6.2).
         let service = match query.is_probe() {

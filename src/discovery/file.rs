@@ -109,8 +109,8 @@ impl Contents {
     const POLL: Duration = Duration::from_secs(2);
 
     /// Watches the paths that exist now. If an inotify limit is reached, nothing is watched.
-    fn watch(&self, watch: &mut Option<Watch>) -> Result<(), Unwatched> {
-        let mut running = watch.take().map_or_else(Watch::new, Ok)?;
+    fn watch(&self, watch: &mut Option<FileWatch>) -> Result<(), Unwatched> {
+        let mut running = watch.take().map_or_else(FileWatch::new, Ok)?;
         running.add(&self.path)?;
         *watch = Some(running);
         Ok(())
@@ -157,12 +157,12 @@ impl Contents {
 
 /// Waits for changes of a file, however it changes: in place, by a rename over it (or over a folder to which its links
 /// lead, as Kubernetes replaces a ConfigMap), or by removal.
-struct Watch {
+struct FileWatch {
     watcher: RecommendedWatcher,
     changed: Arc<Notify>,
 }
 
-impl Watch {
+impl FileWatch {
     /// A file is read when it has not changed for this long: many programs write a file in several steps.
     const QUIET: Duration = Duration::from_millis(50);
     /// Maximum wait if something in the folder changes all the time.

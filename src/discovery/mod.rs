@@ -33,7 +33,7 @@ mod uri;
 mod watches;
 
 pub use crate::registry::{ConsulSettings, EtcdSettings, Secret};
-pub use allowed::{Allowed, Bounds, Refusal};
+pub use allowed::{Allowed, Bounds, NotAllowed};
 pub use options::Options;
 pub use uri::UriError;
 pub use watches::Watches;

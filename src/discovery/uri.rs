@@ -198,7 +198,7 @@ const PARAMETERS: &str = "expected dc, loopback, near, ns, partition, tag or tok
 
 fn consul(rest: &str, tls: bool, settings: &Options) -> Result<Consul, String> {
     let (authority, query) = split(rest)?;
-    let mut asked = consul::Asked::default();
+    let mut asked = consul::ConsulParameters::default();
     for (name, value) in form_urlencoded::parse(query.as_bytes()) {
         let is_empty = value.is_empty();
         let value = value.into_owned();
@@ -467,7 +467,7 @@ mod tests {
             "consul://h?dc=dc-2&token-file=/run/a%20token&near=_agent&tag=a&tag=b&ns=n&partition=p";
         assert_eq!(
             consul(text, &settings()).asked,
-            consul::Asked {
+            consul::ConsulParameters {
                 dc: Some("dc-2".to_owned()),
                 token_file: Some("/run/a token".into()),
                 near: Some("_agent".to_owned()),

@@ -215,7 +215,7 @@ pub(crate) struct Version {
 
 /// The body of an error answer.
 #[derive(Debug, Clone, Default, Deserialize)]
-pub(crate) struct Fault {
+pub(crate) struct ErrorBody {
     pub(crate) message: String,
 }
 

@@ -18,11 +18,11 @@ use tracing::warn;
 
 use super::{
     Address, Engine, answers,
-    inspections::Ticket,
-    read::{self, Found, Listed},
+    inspections::InspectionTicket,
+    read::{self, InspectionResult, Listed},
 };
 use crate::{
-    body::{Body, Places, TooLong},
+    body::{AnswerPlaces, Body, TooLong},
     resolve::{Resolver, addresses},
     source::SourceError,
     tls::{self, ClientTls},
@@ -52,7 +52,7 @@ pub(crate) struct Client {
     /// The base URL of podman's own API.
     podman: String,
     is_podman: bool,
-    places: Places,
+    places: AnswerPlaces,
 }
 
 /// Why a request has no usable answer.
@@ -106,7 +106,7 @@ impl Client {
             podman: format!("{base}/v4.0.0/libpod"),
             base,
             is_podman: false,
-            places: Places::default(),
+            places: AnswerPlaces::default(),
         };
         let asking = async {
             let response = client.open("/_ping").await?;
@@ -226,20 +226,20 @@ impl Client {
     /// The current state of a container. Only variables and labels whose names start with one of `prefixes` are kept.
     pub(super) async fn inspect(
         &self,
-        ticket: Ticket,
+        ticket: InspectionTicket,
         prefixes: &[String],
-    ) -> Result<(Ticket, Found), SourceError> {
+    ) -> Result<(InspectionTicket, InspectionResult), SourceError> {
         let id = ticket.id.as_str();
         // The engine may hang for one container and answer for all others.
         let found = match self.get(&format!("/containers/{id}/json"), ANSWER).await {
             Ok(answer) => read::found(&ticket.id, answer, prefixes),
-            Err(error) if error.is_absence() => Found::NotRunning,
+            Err(error) if error.is_absence() => InspectionResult::NotRunning,
             Err(error @ Unanswered::Broken(_)) => {
                 return Err(self.failed(&format!("container {id}"), &error));
             }
             Err(error) => {
                 warn!(id, %error, "docker inspect failed; keeping the container's last known state");
-                Found::Unknown
+                InspectionResult::Unknown
             }
         };
         Ok((ticket, found))
@@ -404,7 +404,7 @@ const LONGEST_IN_LOG: usize = 300;
 
 /// The message of an error's body, on one line. An engine sends JSON. A proxy in front of it may send a page.
 fn message(body: &[u8]) -> String {
-    let text = match serde_json::from_slice::<answers::Fault>(body) {
+    let text = match serde_json::from_slice::<answers::ErrorBody>(body) {
         Ok(fault) => fault.message,
         Err(_) => String::from_utf8_lossy(body).into_owned(),
     };

@@ -16,8 +16,8 @@ use super::{
         Attachment, BridgePorts, Bridges, Container, Interfaces, Inventory, Network, NetworkId,
         OtherNetworks, SHOWN, bridge_of,
     },
-    inspections::{Inspections, Ticket, Urgency},
-    read::{Found, Listed, Notice},
+    inspections::{InspectionTicket, Inspections, Urgency},
+    read::{InspectionResult, Listed, Notice},
 };
 use crate::{model::ContainerId, wiring::Plug};
 
@@ -263,17 +263,21 @@ impl Containers {
     }
 
     /// The next inspection to make now, if there is one.
-    pub(super) fn next(&mut self) -> Option<Ticket> {
+    pub(super) fn next(&mut self) -> Option<InspectionTicket> {
         self.inspections.next()
     }
 
     /// Takes the result of an inspection. It is ignored if the ticket is void. Returns the container if its run was not
     /// known before.
-    pub(super) fn inspected(&mut self, ticket: Ticket, found: Found) -> Option<&Arc<Container>> {
+    pub(super) fn inspected(
+        &mut self,
+        ticket: InspectionTicket,
+        found: InspectionResult,
+    ) -> Option<&Arc<Container>> {
         let id = self.inspections.answered(ticket)?;
         self.seen(&id);
         match found {
-            Found::Running(mut container) => {
+            InspectionResult::Running(mut container) => {
                 let before = self.doubtful.remove(&id).or_else(|| self.running.get(&id).cloned());
                 let before = before.filter(|before| before.started_at == container.started_at);
                 let is_new = before.is_none();
@@ -290,13 +294,13 @@ impl Containers {
                 self.put(*container);
                 self.running.get(&id).filter(|_| is_new)
             }
-            Found::NotRunning => {
+            InspectionResult::NotRunning => {
                 self.doubtful.remove(&id);
                 self.remove(&id);
                 self.no_longer_awaited(&id);
                 None
             }
-            Found::Unknown => {
+            InspectionResult::Unknown => {
                 self.no_longer_awaited(&id);
                 self.inspections.failed(id);
                 None
@@ -569,25 +573,25 @@ mod tests {
     }
 
     /// An inspection of a container that has changed.
-    fn look(containers: &mut Containers, name: &str) -> Ticket {
+    fn look(containers: &mut Containers, name: &str) -> InspectionTicket {
         containers.hear(Notice::Changed(id(name)));
         next(containers, name)
     }
 
-    fn next(containers: &mut Containers, name: &str) -> Ticket {
+    fn next(containers: &mut Containers, name: &str) -> InspectionTicket {
         let ticket = containers.next().expect("an inspection");
         assert_eq!(ticket.id, id(name));
         ticket
     }
 
-    fn found(containers: &mut Containers, ticket: Ticket, container: &Container) {
+    fn found(containers: &mut Containers, ticket: InspectionTicket, container: &Container) {
         containers.inspected(ticket, running(container));
     }
 
     /// An inspection's result contains no ends.
-    fn running(container: &Container) -> Found {
+    fn running(container: &Container) -> InspectionResult {
         let (run, left) = Default::default();
-        Found::Running(Box::new(Container { run, left, ..container.clone() }))
+        InspectionResult::Running(Box::new(Container { run, left, ..container.clone() }))
     }
 
     /// The known containers with their addresses.
@@ -613,7 +617,7 @@ mod tests {
         found(&mut containers, ticket, &a);
         assert_eq!(known(&containers), []);
         let ticket = next(&mut containers, "a");
-        containers.inspected(ticket, Found::NotRunning);
+        containers.inspected(ticket, InspectionResult::NotRunning);
         let ticket = look(&mut containers, "a");
         containers.hear(Notice::Destroyed(id("a")));
         found(&mut containers, ticket, &a);
@@ -642,7 +646,7 @@ mod tests {
         assert_eq!(known(&containers), [at("infra", &["172.17.0.2"]), at("member", &[])]);
 
         // If it is not there, that is wrong with the other one.
-        for found in [Found::NotRunning, Found::Unknown] {
+        for found in [InspectionResult::NotRunning, InspectionResult::Unknown] {
             let (mut containers, ticket) = started();
             containers.inspected(ticket, found);
             assert!(containers.take_change());
@@ -673,7 +677,7 @@ mod tests {
         let before = containers.inventory().containers.remove(0);
         containers.hear(Notice::Ended(id("a")));
         let ticket = next(&mut containers, "a");
-        containers.inspected(ticket, Found::Unknown);
+        containers.inspected(ticket, InspectionResult::Unknown);
         containers.retry();
         let ticket = next(&mut containers, "a");
         assert!(containers.inspected(ticket, running(&a)).is_none());
@@ -757,7 +761,7 @@ mod tests {
         assert!(!containers.is_complete());
         let _a = next(&mut containers, "a");
         let c = next(&mut containers, "c");
-        containers.inspected(c, Found::Unknown);
+        containers.inspected(c, InspectionResult::Unknown);
         assert!(containers.is_complete());
         // A later list changes the known state step by step.
         containers.relist(listed(&["d"]));
@@ -784,10 +788,10 @@ mod tests {
         // Connected to a network meanwhile: the inspection from the list is void, and a later one counts.
         let a = next(&mut containers, "a");
         containers.hear(Notice::Changed(id("a")));
-        containers.inspected(a, Found::NotRunning);
+        containers.inspected(a, InspectionResult::NotRunning);
         let again = next(&mut containers, "a");
         let b = next(&mut containers, "b");
-        containers.inspected(b, Found::Unknown);
+        containers.inspected(b, InspectionResult::Unknown);
         containers.hear(Notice::Ended(id("c")));
         found(&mut containers, c, &container("c", bridge("172.17.0.6")));
         assert!(!containers.is_fresh());
@@ -806,7 +810,7 @@ mod tests {
         // The engine has read its list: a and b run.
         containers.hear(Notice::Ended(id("b")));
         let ticket = next(&mut containers, "b");
-        containers.inspected(ticket, Found::NotRunning);
+        containers.inspected(ticket, InspectionResult::NotRunning);
         let ticket = look(&mut containers, "c");
         found(&mut containers, ticket, &c);
         let ticket = look(&mut containers, "a");
@@ -872,7 +876,7 @@ mod tests {
         let mut containers = with(&[container("a", bridge("172.17.0.2"))]);
         containers.hear(Notice::Ended(id("a")));
         let ticket = next(&mut containers, "a");
-        containers.inspected(ticket, Found::NotRunning);
+        containers.inspected(ticket, InspectionResult::NotRunning);
         let ticket = look(&mut containers, "b");
         found(&mut containers, ticket, &container("b", bridge("172.17.0.2")));
         containers.hear(Notice::Destroyed(id("a")));
@@ -1024,7 +1028,7 @@ mod tests {
         assert_eq!(containers.next(), None);
         containers.hear(Notice::Ended(id("b")));
         let ticket = next(&mut containers, "b");
-        containers.inspected(ticket, Found::NotRunning);
+        containers.inspected(ticket, InspectionResult::NotRunning);
         let ticket = look(&mut containers, "a");
         found(&mut containers, ticket, &Container { name: "other".into(), ..a });
         assert_eq!(containers.next(), None, "the other claim ended");

@@ -18,7 +18,7 @@ pub(super) enum Urgency {
 
 /// The right to report the result of an inspection. Void if the container had an event since the request.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Ticket {
+pub(super) struct InspectionTicket {
     pub id: ContainerId,
     number: u64,
 }
@@ -71,7 +71,7 @@ impl Inspections {
     }
 
     /// The next inspection to make now.
-    pub(super) fn next(&mut self) -> Option<Ticket> {
+    pub(super) fn next(&mut self) -> Option<InspectionTicket> {
         let (&place, _) = self.queue.first_key_value()?;
         let limit = if place.0 == Urgency::Event { Self::AT_ALL } else { Self::LISTED };
         if self.under_way.len() >= limit {
@@ -81,11 +81,14 @@ impl Inspections {
         self.queued.remove(&id);
         let number = self.number();
         self.under_way.insert(id.clone(), UnderWay { number, void: false });
-        Some(Ticket { id, number })
+        Some(InspectionTicket { id, number })
     }
 
     /// Takes an answer. Returns its container, if the ticket is still valid.
-    pub(super) fn answered(&mut self, Ticket { id, number }: Ticket) -> Option<ContainerId> {
+    pub(super) fn answered(
+        &mut self,
+        InspectionTicket { id, number }: InspectionTicket,
+    ) -> Option<ContainerId> {
         let is_void = self.under_way.get(&id).filter(|asked| asked.number == number)?.void;
         self.under_way.remove(&id);
         if is_void {

@@ -14,8 +14,8 @@ use super::{
     answers::{Actor, Attributes, Event},
     container::{Attachment, Container, Inventory, Network, NetworkId, samples},
     containers::Containers,
-    inspections::Ticket,
-    read::{Found, Listed, Notice, notice},
+    inspections::InspectionTicket,
+    read::{InspectionResult, Listed, Notice, notice},
 };
 use crate::{
     consumer::Binding,
@@ -241,10 +241,10 @@ impl Engine {
         self.events.push(Event { kind: Some(kind.to_owned()), action, actor });
     }
 
-    fn inspect(&self, id: &ContainerId) -> Found {
-        let Some(who) = self.find(id) else { return Found::NotRunning };
+    fn inspect(&self, id: &ContainerId) -> InspectionResult {
+        let Some(who) = self.find(id) else { return InspectionResult::NotRunning };
         let real = &self.containers[who];
-        let Some(started) = real.started else { return Found::NotRunning };
+        let Some(started) = real.started else { return InspectionResult::NotRunning };
         let own = real.addresses.iter().map(|(network, &address)| {
             let name = name(*network).into();
             let attachment =
@@ -277,7 +277,7 @@ impl Engine {
             is_restarting: false,
             is_healthy: true,
         };
-        Found::Running(container.into())
+        InspectionResult::Running(container.into())
     }
 }
 
@@ -320,8 +320,8 @@ struct World {
     unlisted: bool,
     /// Whether a running container has left a network since the stream broke: nobody can know who has the address now.
     left_unheard: bool,
-    read: VecDeque<(Ticket, Found)>,
-    asked: Vec<Ticket>,
+    read: VecDeque<(InspectionTicket, InspectionResult)>,
+    asked: Vec<InspectionTicket>,
     list: List,
 }
 
@@ -420,7 +420,7 @@ impl World {
     fn truly_known(&self) -> BTreeSet<usize> {
         let known = self.containers.inventory().containers;
         let is_so = |who: usize| {
-            let Found::Running(real) = self.engine.inspect(&self.engine.id(who)) else {
+            let InspectionResult::Running(real) = self.engine.inspect(&self.engine.id(who)) else {
                 return false;
             };
             known.iter().any(|known| **known == *real)
@@ -608,7 +608,7 @@ fn one_of_many_changes_and_one_is_derived() {
     let mut number = 0..;
     while let Some(ticket) = containers.next() {
         let container = of(&ticket.id, number.next().unwrap());
-        containers.inspected(ticket, Found::Running(container.into()));
+        containers.inspected(ticket, InspectionResult::Running(container.into()));
     }
     let (mut listings, mut made) = (Listings::new("BACKEND_".to_owned()), Made::default());
     let mut derive = |containers: &Containers, what: &str| {
@@ -629,7 +629,7 @@ fn one_of_many_changes_and_one_is_derived() {
     containers.hear(Notice::Changed(ids[7].clone()));
     let ticket = containers.next().unwrap();
     let other = Container { name: "other".into(), ..of(&ids[7], 7) };
-    containers.inspected(ticket, Found::Running(other.into()));
+    containers.inspected(ticket, InspectionResult::Running(other.into()));
     let (now, offers) = derive(&containers, "one");
     let pairs = before.consumers.iter().zip(&now.consumers);
     let changed: Vec<_> = pairs.filter(|(one, now)| !Arc::ptr_eq(one, now)).collect();

@@ -52,7 +52,7 @@ enum Mounted {
 
 /// The inputs of [`judge`].
 #[derive(Debug)]
-struct Facts<'a> {
+struct SocketFacts<'a> {
     path: &'a Path,
     error: io::ErrorKind,
     there: There,
@@ -60,14 +60,14 @@ struct Facts<'a> {
     user: u32,
     groups: &'a [u32],
     in_container: bool,
-    names: &'a Names,
+    names: &'a UserAndGroup,
     /// SELinux confines this process.
     is_confined: bool,
 }
 
 /// The names of this process's user and of the socket's group. Their numbers if they have no names.
 #[derive(Debug, Default)]
-struct Names {
+struct UserAndGroup {
     user: String,
     group: String,
 }
@@ -113,7 +113,7 @@ pub(crate) fn of(engine: &Engine) -> Option<Obstacle> {
     groups.push(getegid());
     let groups: Vec<_> = groups.into_iter().map(|group| group.as_raw()).collect();
     let label = fs::read_to_string("/proc/self/attr/current").unwrap_or_default();
-    judge(&Facts {
+    judge(&SocketFacts {
         path,
         error,
         there,
@@ -121,7 +121,7 @@ pub(crate) fn of(engine: &Engine) -> Option<Obstacle> {
         user: geteuid().as_raw(),
         groups: &groups,
         in_container: is_in_container(),
-        names: &Names {
+        names: &UserAndGroup {
             user: name_of("/etc/passwd", geteuid().as_raw()),
             group: match there {
                 There::Socket { group, .. } => name_of("/etc/group", group),
@@ -161,8 +161,8 @@ fn mounted(mounts: &str, path: &Path) -> Mounted {
     }
 }
 
-fn judge(facts: &Facts<'_>) -> Option<Obstacle> {
-    let Facts { path, error, there, mounted, user, groups, in_container, names, is_confined } =
+fn judge(facts: &SocketFacts<'_>) -> Option<Obstacle> {
+    let SocketFacts { path, error, there, mounted, user, groups, in_container, names, is_confined } =
         *facts;
     let folder = path.parent().unwrap_or(Path::new("/")).display();
     let path = path.display();
@@ -204,7 +204,7 @@ fn judge(facts: &Facts<'_>) -> Option<Obstacle> {
                 ),
                 (true, false) => return None,
                 (false, _) if mode & 0o020 != 0 => {
-                    let Names { user: user_name, group: group_name } = names;
+                    let UserAndGroup { user: user_name, group: group_name } = names;
                     (
                         format!(
                             "{path} belongs to group {group}, and embassy (user {user}) is not in it"
@@ -255,8 +255,8 @@ mod tests {
 
     const PATH: &str = "/var/run/docker.sock";
 
-    fn facts(error: io::ErrorKind, there: There) -> Facts<'static> {
-        Facts {
+    fn facts(error: io::ErrorKind, there: There) -> SocketFacts<'static> {
+        SocketFacts {
             path: Path::new(PATH),
             error,
             there,
@@ -269,9 +269,9 @@ mod tests {
         }
     }
 
-    static NAMES: &Names = &Names { user: String::new(), group: String::new() };
+    static NAMES: &UserAndGroup = &UserAndGroup { user: String::new(), group: String::new() };
 
-    fn told(facts: Facts<'_>) -> String {
+    fn told(facts: SocketFacts<'_>) -> String {
         judge(&facts).map_or(String::new(), |obstacle| obstacle.to_string())
     }
 
@@ -286,10 +286,10 @@ mod tests {
              --group-add 999 (Compose: group_add: [\"999\"])"
         );
         // It is in the group: something else forbids the access, or the cause is unknown.
-        let member = || Facts { groups: &[65532, 999], ..denied() };
+        let member = || SocketFacts { groups: &[65532, 999], ..denied() };
         assert_eq!(told(member()), "");
-        for confined in [member(), Facts { user: 0, ..denied() }] {
-            let told = told(Facts { is_confined: true, ..confined });
+        for confined in [member(), SocketFacts { user: 0, ..denied() }] {
+            let told = told(SocketFacts { is_confined: true, ..confined });
             assert!(told.contains("--security-opt label=disable"), "{told}");
         }
         let private = There::Socket { owner: 1000, group: 1000, mode: 0o140_600 };
@@ -297,13 +297,15 @@ mod tests {
 
         let refused = || facts(ConnectionRefused, socket);
         assert!(told(refused()).ends_with(": start the engine"));
-        let old = told(Facts { mounted: Mounted::RemovedFile, ..refused() });
+        let old = told(SocketFacts { mounted: Mounted::RemovedFile, ..refused() });
         assert!(old.ends_with("-v /var/run:/var/run"), "{old}");
         assert!(told(facts(ConnectionRefused, There::Folder)).contains("is a folder"));
 
         let missing = || facts(NotFound, There::Nothing);
         assert!(told(missing()).ends_with("-v /var/run/docker.sock:/var/run/docker.sock"));
-        assert!(told(Facts { in_container: false, ..missing() }).contains("start the engine"));
+        assert!(
+            told(SocketFacts { in_container: false, ..missing() }).contains("start the engine")
+        );
         assert_eq!(told(facts(io::ErrorKind::WouldBlock, socket)), "");
     }
 
@@ -312,7 +314,7 @@ mod tests {
     fn the_advice_fits_where_embassy_runs() {
         use io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied};
         let socket = |mode| There::Socket { owner: 1000, group: 999, mode };
-        let names = Names { user: "embassy".to_owned(), group: "docker".to_owned() };
+        let names = UserAndGroup { user: "embassy".to_owned(), group: "docker".to_owned() };
         let of_container = ["container", "--group-add", "--user", "mount", "-v "];
         let mut given = Vec::new();
         for (error, there) in [
@@ -322,7 +324,7 @@ mod tests {
             (ConnectionRefused, socket(0o140_660)),
         ] {
             let fix = |in_container| {
-                let facts = Facts {
+                let facts = SocketFacts {
                     in_container,
                     mounted: Mounted::No,
                     names: &names,

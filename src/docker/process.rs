@@ -56,7 +56,7 @@ impl Processes {
         if end.has_ended() || end.process().is_some() {
             return;
         }
-        match Held::open(id, pid) {
+        match HeldProcess::open(id, pid) {
             Ok(process) => {
                 self.seen = true;
                 process.follow(end, vec![bell, self.ended.clone()]);
@@ -90,13 +90,13 @@ pub(crate) enum Unseen {
 /// A process that is held by its pidfd. Its process ID may be reused after its end. So data read by the process ID counts
 /// only if the pidfd shows afterwards that the process is still alive.
 #[derive(Debug)]
-pub(crate) struct Held {
+pub(crate) struct HeldProcess {
     pub(crate) process: Process,
     descriptor: Arc<OwnedFd>,
     end: AsyncFd<Arc<OwnedFd>>,
 }
 
-impl Held {
+impl HeldProcess {
     /// Opens the first process of a container, by its process ID.
     pub(crate) fn open(id: &ContainerId, pid: i32) -> Result<Self, Unseen> {
         let number =
@@ -306,7 +306,7 @@ mod tests {
         let end = watch(&mut processes, own());
         assert!(!end.has_ended() && end.process().is_none());
         assert!(processes.said);
-        assert!(matches!(Held::open(&id, own()), Err(Unseen::Strange)));
+        assert!(matches!(HeldProcess::open(&id, own()), Err(Unseen::Strange)));
     }
 
     #[tokio::test]
@@ -315,7 +315,7 @@ mod tests {
         let pid = i32::try_from(child.id()).unwrap();
         let id = ContainerId::new("0123456789abcdef");
         testbed::eventually(std::time::Duration::from_secs(20), "its end", || {
-            let is_gone = matches!(Held::open(&id, pid), Err(Unseen::Gone));
+            let is_gone = matches!(HeldProcess::open(&id, pid), Err(Unseen::Gone));
             anyhow::ensure!(is_gone, "it lives");
             Ok(())
         })

@@ -138,7 +138,7 @@ pub(super) struct Listed {
 
 /// What an inspection found.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Found {
+pub(super) enum InspectionResult {
     Running(Box<Container>),
     NotRunning,
     /// The inspection failed.
@@ -187,8 +187,9 @@ const TERM: i32 = 15;
 
 /// The result of an inspection. Only variables and labels whose names begin with one of `prefixes` are kept: the others may
 /// be large, and secret.
-pub(super) fn found(id: &ContainerId, answer: Inspection, prefixes: &[String]) -> Found {
-    container(id, answer, prefixes).map_or(Found::NotRunning, |one| Found::Running(one.into()))
+pub(super) fn found(id: &ContainerId, answer: Inspection, prefixes: &[String]) -> InspectionResult {
+    container(id, answer, prefixes)
+        .map_or(InspectionResult::NotRunning, |one| InspectionResult::Running(one.into()))
 }
 
 /// The container of an inspection. `None` if it does not run.
@@ -259,7 +260,7 @@ const LONGEST_NAME: usize = 300;
 
 /// The variables and labels of a container that are kept.
 #[derive(Default)]
-struct Declared {
+struct EnvAndLabels {
     variables: Vec<String>,
     labels: BTreeMap<String, String>,
     unread: usize,
@@ -275,7 +276,7 @@ fn declared(
     variables: impl Iterator<Item = String>,
     labels: impl Iterator<Item = (String, String)>,
     is_read: impl Fn(&str) -> bool,
-) -> Declared {
+) -> EnvAndLabels {
     let mut variables: Vec<_> = variables.filter(|text| is_read(text)).collect();
     let mut labels: Vec<_> = labels.filter(|(name, _)| is_read(name)).collect();
     let all = variables.len() + labels.len();
@@ -295,7 +296,7 @@ fn declared(
     labels.truncate(MOST_DECLARED);
     labels.retain(|(name, value)| fits(name.len() + value.len()));
     let unread = all - variables.len() - labels.len();
-    Declared { variables, labels: labels.into_iter().collect(), unread }
+    EnvAndLabels { variables, labels: labels.into_iter().collect(), unread }
 }
 
 /// Maximum number of a container's exposed ports that are kept, for each protocol. An image may expose all ports.

@@ -10,7 +10,7 @@ use std::{
 use super::states::{Reason, RouteState, Subject, Verdict};
 use crate::{
     capture::rules::Hook,
-    discovery::{Endpoints as Answer, Query, Refusal},
+    discovery::{Endpoints as Answer, NotAllowed, Query},
     limits::FEW,
     model::Endpoint,
     table::Upstream,
@@ -72,7 +72,7 @@ causes! {
     Process, meanwhile.verdict(), ProviderAwaited { meanwhile: Meanwhile } "provider_awaited",
         "The provider has not answered yet: {meanwhile}.",
         "run embassy doctor where embassy runs: it tries the engine's socket, its rights and -docker";
-    Process, meanwhile.verdict(), DiscoveryAwaited { sources: Named, meanwhile: Meanwhile } "discovery_awaited",
+    Process, meanwhile.verdict(), DiscoveryAwaited { sources: InParentheses, meanwhile: Meanwhile } "discovery_awaited",
         "Not every discovery has answered yet{sources}: {meanwhile}.",
         "start or correct the sources that are down: the findings on sources have the error of each, and what to do";
 
@@ -240,7 +240,7 @@ causes! {
     Endpoints, Degraded, Circular { endpoint: Endpoint } "circular",
         "{endpoint} is the dialled address itself, and your own rules would lead back to embassy: it gets no connections (circular).",
         "register the service with an address that is not the VIP";
-    Endpoints, Degraded, Refused { endpoint: Endpoint, service: String, reason: Refusal, fix: &'static str } "refused",
+    Endpoints, Degraded, Refused { endpoint: Endpoint, service: String, reason: NotAllowed, fix: &'static str } "refused",
         "{endpoint} of {service} is not used: {reason}.",
         "{fix}";
     Endpoints, Degraded, ManyEndpoints { are: String, some: String } "endpoints",
@@ -474,9 +474,9 @@ impl fmt::Display for HeldFor {
 
 /// The names, if there are any, in parentheses.
 #[derive(Debug, Clone)]
-pub struct Named(pub Vec<String>);
+pub struct InParentheses(pub Vec<String>);
 
-impl fmt::Display for Named {
+impl fmt::Display for InParentheses {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0.as_slice() {
             [] => std::result::Result::Ok(()),

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    cause::{Because, Cause, List, Meanwhile, Named, Used},
+    cause::{Because, Cause, InParentheses, List, Meanwhile, Used},
     host::HostUse,
     route::endpoint,
     situation::Situation,
@@ -150,7 +150,7 @@ impl Situation {
             Part::Discovery if awaited.sources.is_empty() && self.awaits(Part::Listing) => None,
             Part::Listing => Some(Cause::ProviderAwaited { meanwhile }),
             Part::Discovery => {
-                Some(Cause::DiscoveryAwaited { sources: Named(awaited.sources), meanwhile })
+                Some(Cause::DiscoveryAwaited { sources: InParentheses(awaited.sources), meanwhile })
             }
             Part::Capture => None,
         };
@@ -235,13 +235,13 @@ impl Situation {
         if has_routes && !self.table.routes().any(|route| self.captures_for(&route.consumer)) {
             causes.push(Cause::NoVip {});
         }
-        let lacks = standing.lacks.iter().filter(|(part, _)| *part != rules::Part::Count);
+        let lacks = standing.lacks.iter().filter(|(part, _)| *part != rules::RulePart::Count);
         causes.extend(lacks.map(|(part, reason)| {
             let (loss, reason, fix) = (part.loss(), reason.clone(), part.fix());
             match part {
                 // With iptables there is no guard, and consumers are served as before. The proxy resets connections that
                 // the kernel does not refuse.
-                rules::Part::Guard | rules::Part::Refusal => {
+                rules::RulePart::Guard | rules::RulePart::Refusal => {
                     Cause::GuardLacks { loss, reason, fix }
                 }
                 _ => Cause::Lacking { loss, reason, fix },

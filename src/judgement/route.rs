@@ -8,7 +8,7 @@ use super::{
     states::{EndpointHealth, RouteState, Verdict},
 };
 use crate::{
-    balance::{Checked, EndpointState},
+    balance::{CheckResult, EndpointState},
     capture::rules::Hook,
     config::CaptureMode,
     consumer::Reach,
@@ -46,7 +46,7 @@ fn without_path(reason: PathReason) -> &'static str {
 pub fn endpoint(state: &EndpointState, now: Millis) -> EndpointHealth {
     match state.ejected_for(now) {
         _ if state.is_drained() => EndpointHealth::Drained,
-        _ if state.check() == Checked::Fails => EndpointHealth::Unhealthy,
+        _ if state.check() == CheckResult::Fails => EndpointHealth::Unhealthy,
         _ if state.is_aside(now) => EndpointHealth::Ejected,
         None if state.is_silent() || state.was_set_aside() => EndpointHealth::Probing,
         None => EndpointHealth::Active,

@@ -538,12 +538,12 @@ fn no_remedy_is_vague_whatever_is_wrong() {
         assert_eq!(crate::text::vague(fix), None, "{cause}");
     }
     for part in [
-        rules::Part::Hold,
-        rules::Part::Notrack,
-        rules::Part::Ipv6,
-        rules::Part::Count,
-        rules::Part::Guard,
-        rules::Part::Refusal,
+        rules::RulePart::Hold,
+        rules::RulePart::Notrack,
+        rules::RulePart::Ipv6,
+        rules::RulePart::Count,
+        rules::RulePart::Guard,
+        rules::RulePart::Refusal,
     ] {
         assert_eq!(crate::text::vague(part.fix()), None, "{part:?}");
     }
@@ -1009,15 +1009,15 @@ fn this_host_is_judged_by_how_much_of_its_limits_is_in_use() {
 
 #[test]
 fn a_part_that_the_firewall_cannot_do_is_said_if_somebody_misses_it() {
-    let of = |lacks: &[rules::Part]| {
+    let of = |lacks: &[rules::RulePart]| {
         let mut situation = well().situation();
         let lacks = lacks.iter().map(|part| (*part, "no module".to_owned()));
         situation.capture.standing.lacks = lacks.collect();
         let overview = situation.overview(&HostUse::default());
         (overview.verdict(), words(&overview.causes))
     };
-    assert_eq!(of(&[rules::Part::Count]), (Verdict::Ok, vec![]));
-    let all = of(&[rules::Part::Hold, rules::Part::Count, rules::Part::Ipv6]);
+    assert_eq!(of(&[rules::RulePart::Count]), (Verdict::Ok, vec![]));
+    let all = of(&[rules::RulePart::Hold, rules::RulePart::Count, rules::RulePart::Ipv6]);
     assert_eq!(all, (Verdict::Degraded, vec!["firewall_lacks", "firewall_lacks"]));
 }
 

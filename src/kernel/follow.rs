@@ -20,13 +20,13 @@ use super::{
     cgroup::{Cgroup, Hierarchy},
     ends::{self, Ending},
     inside,
-    layout::{Counted, End, Gone, Live, Place, Record, Usage, mark},
+    layout::{Counted, End, EndedConnection, Gone, Live, Place, Usage, mark},
     programs::{Sizes, Unavailable},
     proofs::{Proofs, Tried},
     tables::{Counting, Tables, Way, WriteError, Written, nanoseconds},
 };
 use crate::{
-    balance::{Checked, EndpointState},
+    balance::{CheckResult, EndpointState},
     counts::ConnectionCounts,
     descriptor::{Check, Descriptor, EndpointDrain, PathChoice},
     discovery::Query,
@@ -225,7 +225,7 @@ impl Core {
         for (key, known) in &mut self.failing {
             let Some(route) = self.table.route(key) else { continue };
             let states = self.table.endpoints_of(route).iter();
-            let failing = states.filter(|state| state.check() == Checked::Fails);
+            let failing = states.filter(|state| state.check() == CheckResult::Fails);
             let now: HashSet<Endpoint> = failing.map(|state| state.endpoint).collect();
             let new = now.difference(known);
             let new = new.filter_map(|one| ending(route, Some(*one), Instant::now()));
@@ -244,7 +244,7 @@ impl Core {
             let states = self.table.route(&ending.key).filter(|one| one.number == ending.route);
             let states = states.map_or(&[][..], |route| self.table.endpoints_of(route));
             let mut is_back = states.iter().filter(|one| Some(one.endpoint) == ending.endpoint);
-            if is_back.any(|state| state.check() != Checked::Fails) {
+            if is_back.any(|state| state.check() != CheckResult::Fails) {
                 continue;
             }
             let Kernel::Ready(tables) = &mut self.kernel else { return };
@@ -924,7 +924,7 @@ fn read_records(tables: &mut Tables, settings: &Settings) -> Records {
     let mut read = Records { any: false, failed: Vec::new() };
     while let Some(bytes) = tables.programs.records.next() {
         read.any = true;
-        let Some(record) = Record::read(&bytes) else { continue };
+        let Some(record) = EndedConnection::read(&bytes) else { continue };
         drop(bytes);
         let route = tables.route_of.get(&record.route);
         let endpoint = tables.endpoint_of.get(&record.endpoint);

@@ -306,7 +306,7 @@ pub(super) enum Gone {
 
 /// A connection, or a flow of UDP, that has ended. Times are in nanoseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Record {
+pub(super) struct EndedConnection {
     pub(super) route: Place,
     pub(super) endpoint: Place,
     pub(super) lasted: u64,
@@ -321,7 +321,7 @@ pub(super) struct Record {
     pub(super) end: End,
 }
 
-impl Record {
+impl EndedConnection {
     /// `None` if it is no record.
     pub(super) fn read(bytes: &[u8]) -> Option<Self> {
         let mut reader = Reader(bytes.get(..RECORD)?);
@@ -442,7 +442,7 @@ mod tests {
     proptest! {
         #[test]
         fn whatever_the_kernel_writes_is_read_without_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-            let record = Record::read(&bytes);
+            let record = EndedConnection::read(&bytes);
             prop_assert!(record.is_none() || bytes.len() >= RECORD);
         }
     }

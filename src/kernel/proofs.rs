@@ -11,7 +11,7 @@ use std::{
 use super::again::Again;
 use crate::{
     model::{ConsumerId, Endpoint},
-    path::{Nearness, Reach},
+    path::{EndpointReach, Nearness},
 };
 
 #[derive(Debug, Default)]
@@ -62,9 +62,9 @@ impl Proofs {
         consumer: &ConsumerId,
         endpoint: Endpoint,
         nearness: Nearness,
-    ) -> Reach {
+    ) -> EndpointReach {
         if nearness == Nearness::Isolated {
-            return Reach::Isolated;
+            return EndpointReach::Isolated;
         }
         let known = match self.known.get_mut(consumer) {
             Some(known) => known,
@@ -81,11 +81,11 @@ impl Proofs {
             Proof { state: first, again: None }
         });
         match proof.state {
-            State::Queued | State::UnderWay => Reach::Trying,
-            State::Reached => Reach::Reached,
-            State::Failed => Reach::Failed,
-            State::Barred if nearness == Nearness::Near => Reach::Reached,
-            State::Barred => Reach::Untried,
+            State::Queued | State::UnderWay => EndpointReach::Trying,
+            State::Reached => EndpointReach::Reached,
+            State::Failed => EndpointReach::Failed,
+            State::Barred if nearness == Nearness::Near => EndpointReach::Reached,
+            State::Barred => EndpointReach::Untried,
         }
     }
 
@@ -249,15 +249,22 @@ mod tests {
         let (mut proofs, now, app) = (Proofs::default(), Instant::now(), consumer(1));
         let reach =
             |proofs: &mut Proofs, n| proofs.reach(&consumer(1), endpoint(n), Nearness::Near);
-        assert_eq!(reach(&mut proofs, 1), Reach::Trying, "near is no proof where it can be tried");
-        assert_eq!(reach(&mut proofs, 2), Reach::Trying);
+        assert_eq!(
+            reach(&mut proofs, 1),
+            EndpointReach::Trying,
+            "near is no proof where it can be tried"
+        );
+        assert_eq!(reach(&mut proofs, 2), EndpointReach::Trying);
         let (whose, mut tried) = proofs.take_queued().unwrap();
         tried.sort();
         assert_eq!((whose, tried), (app.clone(), vec![endpoint(1), endpoint(2)]));
         assert_eq!(proofs.take_queued(), None);
         assert!(proofs.ended(&app, endpoint(1), Tried::Reached, now));
         assert!(proofs.ended(&app, endpoint(2), Tried::Failed, now));
-        assert_eq!((reach(&mut proofs, 1), reach(&mut proofs, 2)), (Reach::Reached, Reach::Failed));
+        assert_eq!(
+            (reach(&mut proofs, 1), reach(&mut proofs, 2)),
+            (EndpointReach::Reached, EndpointReach::Failed)
+        );
         assert!(proofs.due(now).is_empty(), "too soon");
         let later = now + Duration::from_secs(1);
         assert_eq!(proofs.due(later), std::slice::from_ref(&app));
@@ -265,11 +272,11 @@ mod tests {
 
         assert!(proofs.doubt(&app, endpoint(1), later), "the first time it is tried at once");
         assert!(!proofs.doubt(&app, endpoint(1), later), "many connects fail together");
-        assert_eq!(reach(&mut proofs, 1), Reach::Trying);
+        assert_eq!(reach(&mut proofs, 1), EndpointReach::Trying);
         assert_eq!(proofs.take_queued(), Some((app.clone(), vec![endpoint(1)])));
         proofs.ended(&app, endpoint(1), Tried::Reached, later);
         assert!(proofs.doubt(&app, endpoint(1), later), "the next time only later");
-        assert_eq!((reach(&mut proofs, 1), proofs.take_queued()), (Reach::Failed, None));
+        assert_eq!((reach(&mut proofs, 1), proofs.take_queued()), (EndpointReach::Failed, None));
     }
 
     #[test]
@@ -280,18 +287,18 @@ mod tests {
         reach(&mut proofs, Nearness::Near);
         proofs.take_queued().unwrap();
         proofs.ended(&app, endpoint(1), Tried::Barred, now);
-        assert_eq!(reach(&mut proofs, Nearness::Near), Reach::Reached);
-        assert_eq!(reach(&mut proofs, Nearness::Beyond), Reach::Untried);
-        assert_eq!(proofs.reach(&app, endpoint(2), Nearness::Beyond), Reach::Untried);
+        assert_eq!(reach(&mut proofs, Nearness::Near), EndpointReach::Reached);
+        assert_eq!(reach(&mut proofs, Nearness::Beyond), EndpointReach::Untried);
+        assert_eq!(proofs.reach(&app, endpoint(2), Nearness::Beyond), EndpointReach::Untried);
         assert_eq!(proofs.take_queued(), None, "it is not tried again and again");
         assert!(proofs.doubt(&app, endpoint(1), now));
-        assert_eq!(reach(&mut proofs, Nearness::Near), Reach::Failed);
+        assert_eq!(reach(&mut proofs, Nearness::Near), EndpointReach::Failed);
         assert_eq!(proofs.due(now + Duration::from_secs(1)).len(), 1);
-        assert_eq!(reach(&mut proofs, Nearness::Near), Reach::Reached);
+        assert_eq!(reach(&mut proofs, Nearness::Near), EndpointReach::Reached);
         // Its next run may be another matter.
         proofs.forget(&app);
-        assert_eq!(reach(&mut proofs, Nearness::Near), Reach::Trying);
-        assert_eq!(reach(&mut proofs, Nearness::Isolated), Reach::Isolated);
+        assert_eq!(reach(&mut proofs, Nearness::Near), EndpointReach::Trying);
+        assert_eq!(reach(&mut proofs, Nearness::Isolated), EndpointReach::Isolated);
     }
 
     proptest! {

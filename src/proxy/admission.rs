@@ -21,7 +21,7 @@ use super::{
     listener::{self, AcceptBackoff},
     lists::Place,
     owner::{self, Doubt, Pause},
-    shared::{HoldPermit, Waiting},
+    shared::{HoldPermit, WaitReason},
     socket::Socket,
     worker::{HeldTicket, Worker},
 };
@@ -107,7 +107,7 @@ impl Worker {
             && !settings.lookup.was_nobodys(&source)
         {
             let since = Since { doubts: settings.lookup.doubts(), route: None };
-            return self.hold_while(Waiting::Unknown, captured, socket, |ticket, socket| {
+            return self.hold_while(WaitReason::Unknown, captured, socket, |ticket, socket| {
                 wait(ticket, socket, captured, since)
             });
         }
@@ -118,7 +118,7 @@ impl Worker {
     /// held.
     fn hold_while<T: Future<Output = ()> + 'static>(
         self: &Rc<Self>,
-        waiting: Waiting,
+        waiting: WaitReason,
         captured: Captured,
         socket: Socket,
         task: impl FnOnce(HeldTicket, Socket) -> T,
@@ -177,8 +177,8 @@ impl Worker {
         let doubts = self.settings().lookup.doubts();
         if let Some(sign) = self.may_have_lost(&route, captured.source.0.ip(), doubts) {
             let waiting = match sign {
-                Sign::Lost => Waiting::Unknown,
-                Sign::Unconfirmed => Waiting::Known,
+                Sign::Lost => WaitReason::Unknown,
+                Sign::Unconfirmed => WaitReason::Known,
             };
             let since = Since { doubts, route: Some(route) };
             return self.hold_while(waiting, captured, socket, |ticket, socket| {
@@ -191,7 +191,7 @@ impl Worker {
             // It may have been held until its route appeared, and is treated like connections that were held here.
             Some(Doubt::New) if !owner::has_hung_up(&socket.stream) => {}
             Some(_) => {
-                return self.hold_while(Waiting::Known, captured, socket, |ticket, socket| {
+                return self.hold_while(WaitReason::Known, captured, socket, |ticket, socket| {
                     identify(ticket, socket, captured, route, now)
                 });
             }
@@ -205,7 +205,7 @@ impl Worker {
     pub(super) fn hold_again(self: &Rc<Self>, socket: Socket, captured: Captured) {
         let since = Since { doubts: self.settings().lookup.doubts(), route: None };
         let source = captured.source.0.ip();
-        let permit = HoldPermit::of_adopted(&self.shared, Waiting::Unknown, source);
+        let permit = HoldPermit::of_adopted(&self.shared, WaitReason::Unknown, source);
         let ticket = self.hold(captured, socket.duplicate().ok(), permit);
         self.run(ticket.place(), wait(ticket, socket, captured, since));
     }
@@ -661,7 +661,7 @@ mod tests {
         let (_client, socket, captured) = opened(false, dials_itself).await;
         let (source, port) = (captured.source.0.ip(), captured.destination.0.port());
         let since = Since { doubts: 0, route: None };
-        worker.hold_while(Waiting::Unknown, captured, socket, |ticket, socket| {
+        worker.hold_while(WaitReason::Unknown, captured, socket, |ticket, socket| {
             wait(ticket, socket, captured, since)
         });
         tokio::task::yield_now().await;

@@ -22,8 +22,8 @@ use super::{
     lists::Place,
     owner::Pause,
     record::Record,
-    relay::{Moved, Request, Requests, Suspended},
-    socket::{HandedOver, Socket},
+    relay::{Moved, RelayRequest, Requests, Suspended},
+    socket::{Socket, SocketsLeftOpen},
     worker::{Ticket, Worker},
 };
 use crate::{
@@ -71,7 +71,7 @@ impl Worker {
                         && one.ending.is_none()
                         && !self.frozen.is_laid_out(place)
                     {
-                        running.live.requests.ask(Request::Suspend);
+                        running.live.requests.ask(RelayRequest::Suspend);
                         moving += 1;
                     }
                 }
@@ -172,7 +172,7 @@ impl Worker {
         for place in &places {
             self.frozen.suspended.borrow_mut().remove(place);
         }
-        let _untouched = HandedOver::begin();
+        let _untouched = SocketsLeftOpen::begin();
         places.iter().for_each(|place| self.let_go(*place));
         // All others stand still meanwhile, so nothing else is dropped.
         while self.connections.borrow().iter().any(|(_, one)| one.handed_over) {

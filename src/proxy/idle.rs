@@ -8,7 +8,7 @@ use super::{
     connection::carry_on,
     connections::Parked,
     lists::Place,
-    relay::Request,
+    relay::RelayRequest,
     socket::Socket,
     worker::{Ticket, Worker},
 };
@@ -54,8 +54,8 @@ impl Worker {
             };
             let moved = running.live.record.moved.both();
             let request = match running.seen.replace(moved) {
-                None => Request::Watch,
-                Some(before) if before == moved => Request::Park,
+                None => RelayRequest::Watch,
+                Some(before) if before == moved => RelayRequest::Park,
                 Some(_) => continue,
             };
             running.live.requests.ask(request);

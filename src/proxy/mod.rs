@@ -127,7 +127,7 @@ impl Proxy {
             let (ask, asks) = tokio::sync::mpsc::unbounded_channel();
             proxy.asks.push(ask);
             let work = move || {
-                let _alive = Alive { shared: shared.clone(), _workers: alive };
+                let _alive = WorkerAlive { shared: shared.clone(), _workers: alive };
                 let mut runtime = tokio::runtime::Builder::new_current_thread();
                 let built = runtime.enable_io().enable_time().build_local(LocalOptions::default());
                 let (runtime, result) = match built {
@@ -202,12 +202,12 @@ impl Proxy {
 }
 
 /// Held by a worker's thread.
-struct Alive {
+struct WorkerAlive {
     shared: Arc<Shared>,
     _workers: tokio::sync::mpsc::Sender<()>,
 }
 
-impl Drop for Alive {
+impl Drop for WorkerAlive {
     /// Sent whenever the thread ends. At an orderly end there is no receiver.
     fn drop(&mut self) {
         self.shared.broken.notify_one();

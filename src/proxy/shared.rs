@@ -111,10 +111,10 @@ impl Shared {
     }
 
     /// Connections that wait until their owner is known. The lock is held only to count one in or out.
-    fn holds(&self, waiting: Waiting) -> MutexGuard<'_, Holds> {
+    fn holds(&self, waiting: WaitReason) -> MutexGuard<'_, Holds> {
         let holds = match waiting {
-            Waiting::Unknown => &self.holds_of_unknown,
-            Waiting::Known => &self.holds_of_known,
+            WaitReason::Unknown => &self.holds_of_unknown,
+            WaitReason::Known => &self.holds_of_known,
         };
         // Every change leaves the value consistent, so a poisoned lock is harmless.
         holds.lock().unwrap_or_else(PoisonError::into_inner)
@@ -122,7 +122,7 @@ impl Shared {
 
     /// The number of waiting connections.
     pub(super) fn held(&self) -> usize {
-        self.holds(Waiting::Unknown).held + self.holds(Waiting::Known).held
+        self.holds(WaitReason::Unknown).held + self.holds(WaitReason::Known).held
     }
 
     /// Whether the owner of a route already had it in the previous process. Called only in case of a doubt.
@@ -151,14 +151,14 @@ pub(super) struct Holds {
 
 /// Why a connection waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Waiting {
+pub(super) enum WaitReason {
     /// No container is known to have its address.
     Unknown,
     /// It is not certain that the container with its address opened it.
     Known,
 }
 
-impl Waiting {
+impl WaitReason {
     /// Maximum number of waiting connections, to limit their descriptors. Connections from unknown addresses have a
     /// separate limit. The others may use descriptors of connections that may still be opened.
     fn most(self, free: usize) -> usize {
@@ -202,20 +202,20 @@ impl Holds {
 #[derive(Debug)]
 pub(super) struct HoldPermit {
     shared: Arc<Shared>,
-    waiting: Waiting,
+    waiting: WaitReason,
     source: IpAddr,
 }
 
 impl HoldPermit {
     /// For a connection whose owner is uncertain. `None` if too many of its kind, or from its source, are held.
-    pub(super) fn of(shared: &Arc<Shared>, waiting: Waiting, source: IpAddr) -> Option<Self> {
+    pub(super) fn of(shared: &Arc<Shared>, waiting: WaitReason, source: IpAddr) -> Option<Self> {
         let most = waiting.most(shared.free());
         let may = shared.holds(waiting).one_more(source, most);
         may.then(|| Self { shared: shared.clone(), waiting, source })
     }
 
     /// For a connection that another process held. No limit refuses it.
-    pub(super) fn of_adopted(shared: &Arc<Shared>, waiting: Waiting, source: IpAddr) -> Self {
+    pub(super) fn of_adopted(shared: &Arc<Shared>, waiting: WaitReason, source: IpAddr) -> Self {
         shared.holds(waiting).add(source);
         Self { shared: shared.clone(), waiting, source }
     }
@@ -265,10 +265,10 @@ mod tests {
         (0..5).for_each(|_| shared.count_out(route));
         assert_eq!(shared.count_in(route), Ok(()));
         let source = route.key.source;
-        let adopt = |_| HoldPermit::of_adopted(&shared, Waiting::Unknown, source);
+        let adopt = |_| HoldPermit::of_adopted(&shared, WaitReason::Unknown, source);
         let adopted: Vec<_> = (0..300).map(adopt).collect();
         assert_eq!(shared.held(), 300);
-        assert!(HoldPermit::of(&shared, Waiting::Unknown, source).is_none());
+        assert!(HoldPermit::of(&shared, WaitReason::Unknown, source).is_none());
         drop(adopted);
         assert_eq!(shared.held(), 0);
     }
@@ -310,7 +310,7 @@ mod tests {
         let source = |n: u32| IpAddr::V4(n.into());
         let hold = |n, times: usize| -> Vec<_> {
             let of = |waiting| HoldPermit::of(&shared, waiting, source(n));
-            (0..times).filter_map(|_| of(Waiting::Unknown)).collect()
+            (0..times).filter_map(|_| of(WaitReason::Unknown)).collect()
         };
         let first = hold(1, 10_000);
         assert_eq!((first.len(), shared.held()), (144, 144));
@@ -320,7 +320,7 @@ mod tests {
         let others: Vec<_> = (10..60).map(|n| hold(n, 10_000)).collect();
         assert!(others.iter().all(|held| !held.is_empty()));
         assert!(shared.held() < 256);
-        let known = HoldPermit::of(&shared, Waiting::Known, source(1));
+        let known = HoldPermit::of(&shared, WaitReason::Known, source(1));
         assert!(
             known.is_some(),
             "a known container does not share the places of unknown addresses"
@@ -329,7 +329,7 @@ mod tests {
         drop((first, others));
         assert!(!hold(1, 1).is_empty());
         drop(second);
-        let holds = shared.holds(Waiting::Unknown);
+        let holds = shared.holds(WaitReason::Unknown);
         assert_eq!((holds.held, holds.of_source.len()), (0, 0), "nothing is left of who waited");
     }
 

@@ -200,16 +200,16 @@ thread_local! {
 /// As long as it exists, sockets that this thread drops are left unchanged: another process has them, and socket options
 /// are shared.
 #[derive(Debug)]
-pub(super) struct HandedOver(());
+pub(super) struct SocketsLeftOpen(());
 
-impl HandedOver {
+impl SocketsLeftOpen {
     pub(super) fn begin() -> Self {
         HANDED_OVER.set(true);
         Self(())
     }
 }
 
-impl Drop for HandedOver {
+impl Drop for SocketsLeftOpen {
     fn drop(&mut self) {
         HANDED_OVER.set(false);
     }

@@ -30,7 +30,7 @@ use super::{
     worker::Worker,
 };
 use crate::{
-    balance::{Checked, EndpointState},
+    balance::{CheckResult, EndpointState},
     descriptor::{Check, Descriptor, EndpointDrain},
     outcome::Outcome,
     table::{Changes, RouteNumber, Table},
@@ -219,7 +219,7 @@ fn decide(record: &Record, table: &Table) -> Decision {
     };
     // The check of another binding does not affect this one.
     if (drain, check) == (&EndpointDrain::Kill, &Some(Check::Tcp))
-        && record.connected_to().is_some_and(|state| state.check() == Checked::Fails)
+        && record.connected_to().is_some_and(|state| state.check() == CheckResult::Fails)
     {
         return Decision::EndpointGone { stays };
     }

@@ -18,7 +18,7 @@ use url::Url;
 
 use super::{
     ConsulSettings, Secret,
-    http::{Asking, Http, HttpAnswer, LongPoll, secret_header},
+    http::{Http, HttpAnswer, LongPoll, Poller, secret_header},
     reuse::Recent,
 };
 use crate::{
@@ -155,7 +155,7 @@ impl ConsulClient {
 
     /// Follows the answers to `url`.
     pub(crate) fn query(self: Arc<Self>, url: Url) -> BlockingQuery {
-        BlockingQuery { consul: self, url, index: 0, asking: Asking::new(), body: 0 }
+        BlockingQuery { consul: self, url, index: 0, asking: Poller::new(), body: 0 }
     }
 
     /// Asks for the current state. With a turn and an index: waits until the state is newer than the index, or the wait is
@@ -217,7 +217,7 @@ pub(crate) struct BlockingQuery {
     url: Url,
     /// The index to wait for. 0: read the current state.
     index: u64,
-    asking: Asking<Result<HttpAnswer, SourceError>>,
+    asking: Poller<Result<HttpAnswer, SourceError>>,
     /// Hash of the last answer, to detect a change.
     body: u64,
 }

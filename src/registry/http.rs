@@ -27,7 +27,7 @@ use url::Url;
 
 use super::{Secret, excerpt, reuse::Reused};
 use crate::{
-    body::{Body, Places},
+    body::{AnswerPlaces, Body},
     resolve::{Resolver, addresses},
     source::SourceError,
     tls::{self, ClientTls},
@@ -60,7 +60,7 @@ pub(super) struct Http {
     long_polls: Arc<Semaphore>,
     reads: Semaphore,
     /// Limits answers of more than a few bytes: all long polls together could take gigabytes.
-    places: Places,
+    places: AnswerPlaces,
     /// The number of answered requests.
     answered: AtomicU64,
     /// Whether it was logged that there are more queries than long polls.
@@ -133,7 +133,7 @@ impl Http {
             client: Reused::default(),
             long_polls: Arc::new(Semaphore::new(Self::LONG_POLLS)),
             reads: Semaphore::new(Self::READS),
-            places: Places::default(),
+            places: AnswerPlaces::default(),
             answered: AtomicU64::new(0),
             crowded: AtomicBool::new(false),
         }
@@ -219,7 +219,7 @@ impl Http {
     }
 
     /// The places for work on answers.
-    pub(super) fn places(&self) -> &Places {
+    pub(super) fn places(&self) -> &AnswerPlaces {
         &self.places
     }
 
@@ -352,7 +352,7 @@ pub(crate) struct HttpAnswer {
     pub(crate) status: StatusCode,
     pub(crate) headers: HeaderMap,
     body: Body,
-    places: Places,
+    places: AnswerPlaces,
 }
 
 impl HttpAnswer {
@@ -402,7 +402,7 @@ pub(super) fn secret_header(name: &'static str, mut value: HeaderValue) -> Heade
 }
 
 /// A query that is asked again and again: as a long poll if one is free, otherwise every few seconds.
-pub(super) struct Asking<T> {
+pub(super) struct Poller<T> {
     held: Option<BoxFuture<'static, T>>,
     /// The answer to the long poll has begun.
     answered: Arc<AtomicBool>,
@@ -411,7 +411,7 @@ pub(super) struct Asking<T> {
     poll_at: Instant,
 }
 
-impl<T> Asking<T> {
+impl<T> Poller<T> {
     /// Poll interval without a long poll.
     const POLL: Duration = Duration::from_secs(5);
     /// Minimum interval between requests: a server that always answers at once must not cause a busy loop.
@@ -554,7 +554,7 @@ mod tests {
             let (http, url) = (http.clone(), held.clone());
             async move { http.get_held(&url, HeaderMap::new(), ANSWER, &turn).await }.boxed()
         };
-        let mut all: Vec<_> = (0..3).map(|_| Asking::new()).collect();
+        let mut all: Vec<_> = (0..3).map(|_| Poller::new()).collect();
         let deadline = Duration::from_secs(60);
         let begin = async {
             while http.places.free() > 0 {
@@ -565,7 +565,7 @@ mod tests {
             }
         };
         timeout(deadline, begin).await.expect("each has begun, and has a place");
-        all.iter_mut().for_each(Asking::leave_answered);
+        all.iter_mut().for_each(Poller::leave_answered);
         let answer = timeout(deadline, http.get(&at_once, HeaderMap::new())).await.unwrap();
         assert_eq!(answer.unwrap().body().len(), 1 << 20);
     }
@@ -573,7 +573,7 @@ mod tests {
     #[tokio::test]
     async fn a_poll_that_is_not_answered_goes_on() {
         let http = Http::new("test", ClientTls::default(), true, None);
-        let mut asking: Asking<()> = Asking::new();
+        let mut asking: Poller<()> = Poller::new();
         let wait = asking.held(&http, |turn| {
             async move {
                 let _turn = turn;

@@ -11,11 +11,11 @@ use super::{Answers, Publisher, SourceError, panicked};
 
 /// A source that its readers share. The first reader starts it, and the end of the last one stops it. Clones share it.
 #[derive(Debug)]
-pub struct Shared<T>(Arc<Mutex<Weak<Running<T>>>>);
+pub struct Shared<T>(Arc<Mutex<Weak<FollowedSource<T>>>>);
 
 /// A followed source. Dropping it stops it.
 #[derive(Debug)]
-struct Running<T> {
+struct FollowedSource<T> {
     answers: Answers<T>,
     task: AbortHandle,
 }
@@ -36,7 +36,7 @@ impl<T: Clone + PartialEq + Send + Sync + 'static> Shared<T> {
         pass_on(running.answers.clone(), publish, answer).await;
     }
 
-    fn running<F>(&self, start: impl FnOnce(Publisher<T>) -> F) -> Arc<Running<T>>
+    fn running<F>(&self, start: impl FnOnce(Publisher<T>) -> F) -> Arc<FollowedSource<T>>
     where
         F: Future<Output = ()> + Send + 'static,
     {
@@ -46,7 +46,7 @@ impl<T: Clone + PartialEq + Send + Sync + 'static> Shared<T> {
             // No task waits for this bell: readers get every change through `answers`.
             let (publish, answers) = Publisher::new(Arc::default());
             let task = tokio::spawn(start(publish));
-            let running = Arc::new(Running { answers, task: task.abort_handle() });
+            let running = Arc::new(FollowedSource { answers, task: task.abort_handle() });
             *slot = Arc::downgrade(&running);
             running
         })
@@ -65,7 +65,7 @@ impl<T> Default for Shared<T> {
     }
 }
 
-impl<T> Drop for Running<T> {
+impl<T> Drop for FollowedSource<T> {
     fn drop(&mut self) {
         self.task.abort();
     }

@@ -43,14 +43,14 @@ pub fn parse(bytes: &[u8]) -> Result<Document, Damage> {
     if sum != checksum(body) {
         return Err(Damage::Checksum);
     }
-    let written: Written =
+    let written: WrittenDocument =
         serde_json::from_slice(body).map_err(|error| Damage::Content(error.to_string()))?;
     written.read().map_err(Damage::Content)
 }
 
 /// The bytes that [`parse`] reads.
 pub(super) fn render(document: &Document) -> Result<Vec<u8>, serde_json::Error> {
-    let body = serde_json::to_vec(&Written::of(document))?;
+    let body = serde_json::to_vec(&WrittenDocument::of(document))?;
     let head = format!("{MAGIC} {FORMAT} {}\n", checksum(&body));
     Ok([head.as_bytes(), &body].concat())
 }
@@ -61,7 +61,7 @@ fn checksum(body: &[u8]) -> String {
 
 /// The JSON form of a document.
 #[derive(Serialize, Deserialize)]
-struct Written {
+struct WrittenDocument {
     written: u64,
     machine: String,
     boot: String,
@@ -100,7 +100,7 @@ struct WrittenAnswer {
 /// A container, and its first process.
 type WrittenRun = (String, (i32, u64));
 
-impl Written {
+impl WrittenDocument {
     fn of(document: &Document) -> Self {
         let Origin { machine, boot, provider, discoveries, of_containers: _ } =
             document.origin.clone();

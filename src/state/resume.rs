@@ -7,7 +7,7 @@ use tokio::sync::Notify;
 use super::KeptConsumer;
 use crate::{
     consumer::Consumer,
-    docker::process::{Held, addresses},
+    docker::process::{HeldProcess, addresses},
     model::{ConsumerId, ContainerId, Process, RunEnd, Stay},
 };
 
@@ -55,8 +55,8 @@ pub(super) fn resume_stay(
 }
 
 /// Opens a process, and checks that it is the saved one.
-fn open(id: &ContainerId, was: Process) -> Result<Held, String> {
-    let held = Held::open(id, was.pid)
+fn open(id: &ContainerId, was: Process) -> Result<HeldProcess, String> {
+    let held = HeldProcess::open(id, was.pid)
         .map_err(|error| format!("process {} of container {id}: {error}", was.pid))?;
     match held.process == was {
         true => Ok(held),
@@ -65,12 +65,12 @@ fn open(id: &ContainerId, was: Process) -> Result<Held, String> {
 }
 
 /// The addresses in a process's network. An error if the process has ended.
-fn addresses_of(process: &Held) -> Result<BTreeSet<IpAddr>, String> {
+fn addresses_of(process: &HeldProcess) -> Result<BTreeSet<IpAddr>, String> {
     let found = process.look(addresses).map_err(|error| error.to_string())?;
     found.map_err(|error| format!("its addresses: {error}"))
 }
 
-fn follow(process: Held, bell: &Arc<Notify>) -> RunEnd {
+fn follow(process: HeldProcess, bell: &Arc<Notify>) -> RunEnd {
     let end = RunEnd::default();
     process.follow(&end, vec![bell.clone()]);
     end

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     balance::{EndpointState, Rotation},
     consumer::{Binding, Consumer},
-    discovery::{CannotAsk, Endpoints, Query, Refusal},
+    discovery::{CannotAsk, Endpoints, NotAllowed, Query},
     identity::gone_and_new,
     model::{ConsumerId, Endpoint, Protocol, Vip},
 };
@@ -358,7 +358,7 @@ impl<Q: Fn(&Binding) -> Result<Query, CannotAsk>> Builder<'_, Q> {
         &self,
         query: &Query,
         endpoints: &'e [Endpoint],
-    ) -> (Cow<'e, [Endpoint]>, Vec<(Endpoint, Refusal)>) {
+    ) -> (Cow<'e, [Endpoint]>, Vec<(Endpoint, NotAllowed)>) {
         let refusal = |one| self.inputs.bounds.refusal(&query.via, one, &self.next.vips);
         if endpoints.iter().all(|&one| refusal(one).is_none()) {
             return (endpoints.into(), Vec::new());

@@ -7,7 +7,7 @@ use crate::{
     balance::EndpointState,
     discovery::Query,
     model::{ConsumerId, Endpoint, Millis, Port, Protocol, ServiceName, Tags},
-    takeover::message::{EndpointFigures, Figures, Owner, RouteFigures, Service, Turn},
+    takeover::message::{ConnectionOwner, EndpointFigures, Figures, RouteFigures, Service, Turn},
 };
 
 /// Maximum number of routes, endpoints or turns in a message.
@@ -15,18 +15,18 @@ const AT_A_TIME: usize = 500;
 
 impl Route {
     /// The route's owner, in a form for another process.
-    pub fn owner(&self) -> Owner {
+    pub fn owner(&self) -> ConnectionOwner {
         let container = match &self.consumer {
             ConsumerId::Container { id, started_at } => {
                 Some((id.as_str().to_owned(), started_at.to_string()))
             }
             ConsumerId::Local => None,
         };
-        Owner { container, binding: self.binding.descriptor.to_string() }
+        ConnectionOwner { container, binding: self.binding.descriptor.to_string() }
     }
 
     /// Whether this owner, as another process names it, owns the route.
-    pub fn is_of(&self, owner: &Owner) -> bool {
+    pub fn is_of(&self, owner: &ConnectionOwner) -> bool {
         let is_consumer = match (&self.consumer, &owner.container) {
             (ConsumerId::Container { id, started_at }, Some((its_id, its_start))) => {
                 id.as_str() == its_id && **started_at == **its_start
@@ -45,7 +45,7 @@ impl Table {
     }
 
     /// The route of a source address and port, if it is that of this owner. The owner's binding says of which protocol.
-    pub fn route_of(&self, key: SocketAddr, owner: &Owner) -> Option<&Arc<Route>> {
+    pub fn route_of(&self, key: SocketAddr, owner: &ConnectionOwner) -> Option<&Arc<Route>> {
         let (source, port) = (key.ip(), Port::new(key.port())?);
         Protocol::ALL.iter().find_map(|&protocol| {
             let route = self.route(&super::RouteKey { source, port, protocol })?;

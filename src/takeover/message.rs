@@ -128,7 +128,7 @@ pub struct Counts {
 /// Whose connections: of one run of a container, or of the host. The address and port that it dials are the connection's own.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Owner {
+pub struct ConnectionOwner {
     /// The container's ID and the start of its run; `None`: the host.
     pub container: Option<(String, String)>,
     /// The descriptor.
@@ -139,7 +139,7 @@ pub struct Owner {
 pub struct RouteFigures {
     /// Source address and port.
     pub key: SocketAddr,
-    pub owner: Owner,
+    pub owner: ConnectionOwner,
     pub counts: Counts,
     /// Milliseconds since the owner got it; `None`: it had it when the first of these processes started.
     #[serde(default)]
@@ -215,7 +215,7 @@ pub struct Connection {
     /// Since it was accepted.
     pub age: u64,
     #[serde(default)]
-    pub owner: Owner,
+    pub owner: ConnectionOwner,
     #[serde(default)]
     pub endpoint: Option<SocketAddr>,
     #[serde(default)]
@@ -377,7 +377,7 @@ mod tests {
         (stage, addresses, numbers, owner, directions).prop_map(
             |(stage, (source, destination, endpoint), numbers, owner, directions)| {
                 let (age, connect, tries, moved, counted) = numbers;
-                let owner = Owner { container: owner.0, binding: owner.1 };
+                let owner = ConnectionOwner { container: owner.0, binding: owner.1 };
                 let local = endpoint;
                 Connection {
                     stage,

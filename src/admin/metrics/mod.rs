@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use super::host;
 use crate::{
     capture,
-    control::Sources,
+    control::SourceStates,
     counts::Histogram,
     judgement::{self, SourceState},
     kernel::{UdpCounts, UdpNote},
@@ -45,7 +45,7 @@ pub struct Metrics {
     pub tables: watch::Receiver<Arc<Table>>,
     pub paths: watch::Receiver<Paths>,
     pub build_times: Arc<Histogram>,
-    pub sources: watch::Receiver<Sources>,
+    pub sources: watch::Receiver<SourceStates>,
     pub refused: Arc<Refused>,
     pub figures: Figures,
     pub udp: Arc<UdpCounts>,

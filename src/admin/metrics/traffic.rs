@@ -73,7 +73,7 @@ pub(super) fn routes(out: &mut Families<'_, '_>, table: &Table, paths: &Paths) -
         let mut taken = port.routes.iter().map(|route| paths.path(&route.key));
         let is_kernel = taken.clone().any(|path| path == Path::Kernel);
         let path = if is_kernel { Path::Kernel } else { taken.next().unwrap_or(Path::Proxy) };
-        by_path.gauge(&With(labels, ("path", path.as_str())), 1.0)?;
+        by_path.gauge(&WithLabel(labels, ("path", path.as_str())), 1.0)?;
     }
     let mut started =
         out.counters("route_connections_started", "Connections accepted for a consumer's port")?;
@@ -233,7 +233,7 @@ fn outcomes(
 ) -> fmt::Result {
     match count {
         0 => Ok(()),
-        count => family.counter(&With(labels, ("outcome", outcome.as_str())), count),
+        count => family.counter(&WithLabel(labels, ("outcome", outcome.as_str())), count),
     }
 }
 
@@ -243,8 +243,8 @@ fn directions(
     up: u64,
     down: u64,
 ) -> fmt::Result {
-    family.counter(&With(labels, ("direction", "up")), up)?;
-    family.counter(&With(labels, ("direction", "down")), down)
+    family.counter(&WithLabel(labels, ("direction", "up")), up)?;
+    family.counter(&WithLabel(labels, ("direction", "down")), down)
 }
 
 /// Writes a distribution in seconds.
@@ -302,9 +302,9 @@ fn escape(out: &mut String, value: &str) {
 }
 
 /// Labels with an additional one.
-struct With<'a, L>(&'a L, (&'a str, &'a str));
+struct WithLabel<'a, L>(&'a L, (&'a str, &'a str));
 
-impl<L: EncodeLabelSet> EncodeLabelSet for With<'_, L> {
+impl<L: EncodeLabelSet> EncodeLabelSet for WithLabel<'_, L> {
     fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> fmt::Result {
         self.0.encode(encoder)?;
         [self.1].encode(encoder)

@@ -25,7 +25,7 @@ pub(super) struct Entry {
 
 /// Reads and deletes rules, by the kernel's handles.
 #[derive(Debug)]
-pub(super) struct Kernel {
+pub(super) struct NumberedRules {
     socket: Socket,
     seen: Generation,
     /// The rules that we wrote, as `iptables-save` shows them, by family (whether it is IPv6) and handle.
@@ -39,7 +39,7 @@ const COUNTS: Table<'_> = Table { name: rules::COUNTS, owned: true };
 /// How often a listing is repeated if other programs change something meanwhile.
 const TRIES: usize = 5;
 
-impl Kernel {
+impl NumberedRules {
     pub(super) fn open() -> Result<Self, NetlinkError> {
         let mut socket = Socket::open()?;
         let seen = socket.generation()?;

@@ -4,8 +4,8 @@ use std::net::IpAddr;
 
 use super::{
     super::layout::{
-        Base, BaseKind, Chain, Edit, Element, Family, Home, Key, NOTED, NOTED_FOR, Set, Term,
-        after, chains, elements, homes, sets,
+        Base, BaseKind, Chain, Edit, Element, ElementKey, Family, Home, NOTED, NOTED_FOR, Set,
+        Term, after, chains, elements, homes, sets,
     },
     super::rules::{Hook, Rules, Shape},
     expression::Expressions,
@@ -273,15 +273,15 @@ impl Table<'_> {
             Some(Family::V4) | None => (7, 4),
         };
         let (parts, mut flags) = match set.key() {
-            Key::Address => (vec![address], 0),
-            Key::AddressPort => (vec![address, INET_SERVICE], 0),
-            Key::Range => (vec![address], INTERVAL),
-            Key::Interface => (vec![NAME], 0),
-            Key::InterfaceAddressPort => (vec![NAME, address, INET_SERVICE], 0),
-            Key::InterfaceRange => (vec![NAME, address], INTERVAL | CONCATENATED),
-            Key::Index => (vec![INDEX], 0),
-            Key::IndexAddress => (vec![INDEX, address], 0),
-            Key::IndexMac => (vec![INDEX, ETHER], 0),
+            ElementKey::Address => (vec![address], 0),
+            ElementKey::AddressPort => (vec![address, INET_SERVICE], 0),
+            ElementKey::Range => (vec![address], INTERVAL),
+            ElementKey::Interface => (vec![NAME], 0),
+            ElementKey::InterfaceAddressPort => (vec![NAME, address, INET_SERVICE], 0),
+            ElementKey::InterfaceRange => (vec![NAME, address], INTERVAL | CONCATENATED),
+            ElementKey::Index => (vec![INDEX], 0),
+            ElementKey::IndexAddress => (vec![INDEX, address], 0),
+            ElementKey::IndexMac => (vec![INDEX, ETHER], 0),
         };
         if set.is_noted() {
             flags |= TIMEOUT | EVALUATED;
@@ -307,7 +307,7 @@ impl Table<'_> {
                     });
                 });
             }
-            if matches!(set.key(), Key::Interface | Key::Index) {
+            if matches!(set.key(), ElementKey::Interface | ElementKey::Index) {
                 // NFTNL_UDATA_SET_KEYBYTEORDER, its length, and BYTEORDER_HOST_ENDIAN.
                 to.bytes(13, &[&[0, 4][..], &1u32.to_ne_bytes()].concat());
             }
@@ -442,7 +442,7 @@ mod tests {
     use std::{collections::BTreeSet, net::IpAddr};
 
     use super::*;
-    use crate::capture::layout::{Family, Members};
+    use crate::capture::layout::{Family, SetUse};
 
     /// One address is added with its port, one is removed, and one gets another port.
     #[test]
@@ -452,9 +452,9 @@ mod tests {
         let owned = |n| Element::Address(at(n));
         let port = |index, n| Element::IndexAddress(index, at(n));
         let edits = [
-            Edit { set: set(Members::Owned), removed: vec![owned(2)], added: vec![owned(1)] },
+            Edit { set: set(SetUse::Owned), removed: vec![owned(2)], added: vec![owned(1)] },
             Edit {
-                set: set(Members::Ports),
+                set: set(SetUse::Ports),
                 removed: vec![port(2, 2), port(3, 3)],
                 added: vec![port(1, 1), port(4, 3)],
             },

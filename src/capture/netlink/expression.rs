@@ -2,7 +2,7 @@
 //! it, or does something. Pure.
 
 use super::{
-    super::layout::{Direction, Family, Home, Members, SenderField, Set, Side, Term},
+    super::layout::{Family, Home, InterfaceSide, SenderField, Set, SetUse, Side, Term},
     wire::{Attributes, VALUE, family},
 };
 
@@ -134,11 +134,11 @@ impl<'a, 'b> Expressions<'a, 'b> {
                 self.family(family);
                 self.meta(INTERFACE);
                 self.address(Side::Source, family, REGISTER_OF_WORDS + 1);
-                self.note(Set::of(Members::Forgers, family));
+                self.note(Set::of(SetUse::Forgers, family));
             }
             Term::NotePort => {
                 self.meta(INTERFACE);
-                self.note(Set::without_family(Members::Offenders));
+                self.note(Set::without_family(SetUse::Offenders));
             }
             Term::Tcp => self.tcp(),
             Term::Dport(port) => {
@@ -171,8 +171,8 @@ impl<'a, 'b> Expressions<'a, 'b> {
                 // The same number in every network namespace (include/net/flow.h, LOOPBACK_IFINDEX).
                 const LOOPBACK: u32 = 1;
                 self.meta(match direction {
-                    Direction::In => INTERFACE,
-                    Direction::Out => OUT,
+                    InterfaceSide::In => INTERFACE,
+                    InterfaceSide::Out => OUT,
                 });
                 self.compare(false, &LOOPBACK.to_ne_bytes());
             }

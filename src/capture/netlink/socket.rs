@@ -36,18 +36,18 @@ pub enum NetlinkError {
     Io { doing: &'static str, error: io::Error },
     /// The kernel refused a batch, and applied no part of it.
     #[error("nf_tables refused {}", refusals(.0))]
-    Refused(Vec<Refusal>),
+    Refused(Vec<RefusedMessage>),
 }
 
 /// A message of a batch that the kernel refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Refusal {
+pub struct RefusedMessage {
     /// The position of the message in its batch, from 1. 0 is the batch itself.
     pub(in crate::capture) message: u32,
     pub(in crate::capture) error: Errno,
 }
 
-fn refusals(all: &[Refusal]) -> String {
+fn refusals(all: &[RefusedMessage]) -> String {
     let Some(first) = all.first() else { return "a batch".to_owned() };
     let more = match all.len() - 1 {
         0 => String::new(),
@@ -156,13 +156,13 @@ impl Socket {
     pub(in crate::capture) fn attempt(
         &mut self,
         batch: &Messages,
-    ) -> Result<(Generation, Vec<Refusal>), NetlinkError> {
+    ) -> Result<(Generation, Vec<RefusedMessage>), NetlinkError> {
         let mut refused = Vec::new();
         self.forget();
         self.send(batch)?;
         let generation = self.generation_behind(|answer| {
             let error = Errno::from_raw_os_error(answer.error());
-            refused.push(Refusal { message: answer.sequence, error });
+            refused.push(RefusedMessage { message: answer.sequence, error });
         })?;
         Ok((generation, refused))
     }

@@ -451,7 +451,7 @@ fn with_words(shape: &Shape, words: &[&str]) -> Vec<String> {
 
 #[test]
 fn each_optional_part_falls_away_alone() {
-    use Part::{Count, Hold, Ipv6, Notrack, Refusal};
+    use RulePart::{Count, Hold, Ipv6, Notrack, Refusal};
     let rules = with_untracked(with_unknown(example(true, CaptureScope::Declared)));
     let rules = with_guard(rules, Guard::Full);
     for (words, expected) in [
@@ -460,11 +460,11 @@ fn each_optional_part_falls_away_alone() {
         (&["socket wildcard"], &[Hold]),
         (&["socket "], &[Notrack, Hold]),
         (&["notrack"], &[Notrack]),
-        (&["counter"], &[Count, Refusal, Part::Guard]),
+        (&["counter"], &[Count, Refusal, RulePart::Guard]),
         (&["reject"], &[Refusal]),
         // No bridge tables, and no sets that packets fill.
-        (&["tables for bridges", "of the guard", "@guarded", "meta protocol"], &[Part::Guard]),
-        (&["update @"], &[Part::Guard]),
+        (&["tables for bridges", "of the guard", "@guarded", "meta protocol"], &[RulePart::Guard]),
+        (&["update @"], &[RulePart::Guard]),
         (&["ip6 "], &[Ipv6]),
         (&["ip6 ", "socket wildcard", "notrack"], &[Notrack, Hold, Ipv6]),
         // Sets of ranges.
@@ -519,12 +519,12 @@ async fn rules_without_each_optional_part_are_written_as_their_text_says() {
         let mut own = Nft::open(&rules.shape, false).unwrap();
         own.load(&rules).await.unwrap();
         assert_eq!(plain(&told()), plain(&text::of(&rules, true)));
-        let expected = (!lacks.has(Part::Count)).then_some((0, 0));
+        let expected = (!lacks.has(RulePart::Count)).then_some((0, 0));
         assert_eq!(own.arrivals().unwrap(), expected);
         // Elements of sets that do not exist change nothing.
         let counts = (own.refused().unwrap(), own.dropped().unwrap());
         let zero = |part| (!lacks.has(part)).then_some(0);
-        assert_eq!(counts, (zero(Part::Refusal), zero(Part::Guard)));
+        assert_eq!(counts, (zero(RulePart::Refusal), zero(RulePart::Guard)));
         assert_eq!(own.offenders().unwrap(), []);
         let added = declared("fd00::9", 80, Arrival::Anywhere);
         let changes = RuleChanges { declared_added: vec![added], ..RuleChanges::default() };

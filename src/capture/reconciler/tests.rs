@@ -139,7 +139,7 @@ async fn what_cannot_be_changed_is_written_whole_and_what_cannot_be_written_is_t
 }
 
 /// The optional parts that were left out, as reported.
-fn fallen(reconciler: &Reconciler) -> Vec<rules::Part> {
+fn fallen(reconciler: &Reconciler) -> Vec<rules::RulePart> {
     reconciler.counts.standing().lacks.iter().map(|(part, _)| *part).collect()
 }
 
@@ -147,17 +147,23 @@ fn fallen(reconciler: &Reconciler) -> Vec<rules::Part> {
 async fn an_optional_part_that_is_refused_falls_away_and_comes_back() {
     let (mut reconciler, state) = reconciler();
     reconciler.settings.hold = true;
-    state.lock().unwrap().lacks = Optional::default().with(rules::Part::Ipv6);
+    state.lock().unwrap().lacks = Optional::default().with(rules::RulePart::Ipv6);
     let first = next(&Table::default(), &[("a", "172.17.0.2", &[80]), ("a6", "fd00::2", &[80])]);
     reconciler.check(&first).await.unwrap();
-    assert_eq!((written(&state, &first), fallen(&reconciler)), ((1, 0), vec![rules::Part::Ipv6]));
+    assert_eq!(
+        (written(&state, &first), fallen(&reconciler)),
+        ((1, 0), vec![rules::RulePart::Ipv6])
+    );
     assert!(reconciler.counts.standing().in_place && reconciler.ready.is_none());
     assert!(reconciler.settings.captures_unknown(), "the others stay");
     // The part is accepted again. At first no other program has changed anything, then one has.
     state.lock().unwrap().lacks = Optional::default();
     let second = next(&first, &[("a", "172.17.0.2", &[80, 81])]);
     reconciler.follow(&second).await.unwrap();
-    assert_eq!((written(&state, &second), fallen(&reconciler)), ((1, 1), vec![rules::Part::Ipv6]));
+    assert_eq!(
+        (written(&state, &second), fallen(&reconciler)),
+        ((1, 1), vec![rules::RulePart::Ipv6])
+    );
     let others_change = |reconciler: &mut Reconciler| {
         let Backend::Fake(fake) = &mut reconciler.backend else { unreachable!() };
         fake.others = true;
@@ -169,15 +175,15 @@ async fn an_optional_part_that_is_refused_falls_away_and_comes_back() {
     assert_eq!(reconciler.settings.lacks, Optional::default());
     // As long as it is refused, nothing else changes.
     state.lock().unwrap().lacks =
-        Optional::default().with(rules::Part::Hold).with(rules::Part::Ipv6);
+        Optional::default().with(rules::RulePart::Hold).with(rules::RulePart::Ipv6);
     reconciler.applied = None;
     reconciler.check(&second).await.unwrap();
-    assert_eq!(fallen(&reconciler), [rules::Part::Hold, rules::Part::Ipv6]);
+    assert_eq!(fallen(&reconciler), [rules::RulePart::Hold, rules::RulePart::Ipv6]);
     others_change(&mut reconciler);
     reconciler.check(&second).await.unwrap();
     assert_eq!(
         (written(&state, &second), fallen(&reconciler)),
-        ((4, 1), vec![rules::Part::Hold, rules::Part::Ipv6])
+        ((4, 1), vec![rules::RulePart::Hold, rules::RulePart::Ipv6])
     );
     assert_eq!(reconciler.counts.failed.load(Relaxed), 0);
 }

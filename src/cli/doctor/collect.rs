@@ -23,10 +23,10 @@ use crate::{
     app,
     capture::{
         self, Backend, Firewall, Lock,
-        input::{Barrier, Captured, Listings},
+        input::{Barrier, CapturedTraffic, FirewallListings},
         leads::{self, Lead},
         place,
-        rules::{Hook, Part},
+        rules::{Hook, RulePart},
     },
     config::{Admin, CaptureMode, Config, FORGOT_STATIC, Provider},
     descriptor::PathChoice,
@@ -36,7 +36,7 @@ use crate::{
         obstacle::{self, Obstacle},
     },
     kernel,
-    listening::{self, Listener},
+    listening::{self, PortHolder},
     memory::{Memory, Use},
     privileges,
     provider::fixed,
@@ -54,17 +54,17 @@ pub(super) struct HostFacts {
     /// The fix if the engine does not answer, if known.
     pub(super) engine_fix: Option<String>,
     /// Each discovery, with its error if it does not answer.
-    pub(super) discoveries: Vec<(Arc<str>, Result<(), Unanswered>)>,
+    pub(super) discoveries: Vec<(Arc<str>, Result<(), SilentDiscovery>)>,
     /// The addresses of the servers of each discovery.
     pub(super) servers: Vec<(Arc<str>, SocketAddr)>,
     /// The backend that a start would use.
     pub(super) firewall: Result<Firewall, String>,
     /// The optional parts of the rules that the backend does not support, and why.
-    pub(super) lacks: Vec<(Part, String)>,
+    pub(super) lacks: Vec<(RulePart, String)>,
     /// The position of our rules, by backend.
-    pub(super) places: Vec<(Firewall, place::Place)>,
+    pub(super) places: Vec<(Firewall, place::RulesPlace)>,
     /// The position for the host's own connections, with `--redirect`.
-    pub(super) places_of_output: Vec<(Firewall, place::Place)>,
+    pub(super) places_of_output: Vec<(Firewall, place::RulesPlace)>,
     /// Chains of other programs that drop captured connections, as far as they can be read. `None`: an embassy captures
     /// here and reports what it counted.
     pub(super) barriers: Option<Result<Vec<Barrier>, String>>,
@@ -79,7 +79,7 @@ pub(super) struct HostFacts {
     /// Those of them that are stopped, as by SIGSTOP.
     pub(super) stopped: Vec<u32>,
     pub(super) port: u16,
-    pub(super) listener: Listener,
+    pub(super) listener: PortHolder,
     /// `None`: there is to be no API.
     pub(super) admin: Option<AdminFacts>,
     /// Addresses of this host.
@@ -105,12 +105,12 @@ pub(super) struct HostFacts {
 
 /// Why a discovery does not answer, and what to do about it.
 #[derive(Debug)]
-pub(super) struct Unanswered {
+pub(super) struct SilentDiscovery {
     pub(super) error: String,
     pub(super) fix: String,
 }
 
-impl Unanswered {
+impl SilentDiscovery {
     /// `fix`: the fix that the source itself gives.
     pub(super) fn of(name: &str, error: &str, fix: Option<&str>) -> Self {
         let fix = fix.unwrap_or_else(|| remedy::of(name, error)).to_owned();
@@ -131,7 +131,7 @@ pub(super) struct EngineFacts {
 pub(super) struct AdminFacts {
     pub(super) at: String,
     pub(super) answer: ApiAnswer,
-    pub(super) listener: Listener,
+    pub(super) listener: PortHolder,
     /// Why nobody can listen there.
     pub(super) error: Option<String>,
 }
@@ -198,11 +198,14 @@ pub(super) async fn facts(config: &Config) -> HostFacts {
         // A backend that is not installed has no rules of embassy.
         places.push((
             firewall,
-            capture::place_of(firewall, Hook::Prerouting).await.unwrap_or(place::Place::Absent),
+            capture::place_of(firewall, Hook::Prerouting)
+                .await
+                .unwrap_or(place::RulesPlace::Absent),
         ));
         if config.capture == CaptureMode::Redirect {
-            let place =
-                capture::place_of(firewall, Hook::Output).await.unwrap_or(place::Place::Absent);
+            let place = capture::place_of(firewall, Hook::Output)
+                .await
+                .unwrap_or(place::RulesPlace::Absent);
             places_of_output.push((firewall, place));
         }
     }
@@ -279,18 +282,18 @@ async fn barriers(
     networks: &[Network],
     interfaces: &BTreeMap<IpAddr, String>,
 ) -> Result<Vec<Barrier>, String> {
-    let listings = Listings::read().await;
+    let listings = FirewallListings::read().await;
     let own = networks.iter().filter_map(|network| network.own.as_ref());
     let vips = config.vips.iter().flatten().filter_map(|vip| interfaces.get(&vip.0));
     let bridges = own.map(|(_, interface)| interface).chain(vips).cloned().collect();
     match listings.error() {
         Some(error) => Err(error.to_string()),
-        None => Ok(listings.barriers(&Captured { port: config.port.get(), bridges })),
+        None => Ok(listings.barriers(&CapturedTraffic { port: config.port.get(), bridges })),
     }
 }
 
 /// The backend that a start with these flags would use.
-async fn firewall(config: &Config) -> Result<(Firewall, Vec<(Part, String)>), String> {
+async fn firewall(config: &Config) -> Result<(Firewall, Vec<(RulePart, String)>), String> {
     let rules = app::rules(config).await.map_err(|error| error.to_string())?;
     let backend =
         Backend::open(config.firewall, &rules).await.map_err(|error| error.to_string())?;
@@ -376,7 +379,7 @@ fn way_back(routes: &str, ranges: &[IpNet], own: &str) -> Option<String> {
 async fn discoveries(
     discoveries: &Discoveries,
     patience: Duration,
-) -> Vec<(Arc<str>, Result<(), Unanswered>)> {
+) -> Vec<(Arc<str>, Result<(), SilentDiscovery>)> {
     let bell = Arc::<Notify>::default();
     let resync = ResyncRequests::new(Duration::from_secs(120));
     let mut watches = Watches::new(discoveries.clone(), resync, bell.clone());
@@ -402,9 +405,9 @@ async fn discoveries(
             Some(known) if known.value.is_some() || known.refused => Ok(()),
             Some(known) => {
                 let error = known.error.as_deref().unwrap_or("no answer");
-                Err(Unanswered::of(&name, error, known.fix.as_deref()))
+                Err(SilentDiscovery::of(&name, error, known.fix.as_deref()))
             }
-            None => Err(Unanswered::of(&name, "no answer", None)),
+            None => Err(SilentDiscovery::of(&name, "no answer", None)),
         };
         (name, answer)
     };
@@ -591,7 +594,7 @@ mod tests {
             let patience = Duration::from_secs(60);
             let (_, answer) = discoveries(&configured, patience).await.remove(0);
             drop(taken);
-            let Unanswered { error, fix } = answer.expect_err(&uri);
+            let SilentDiscovery { error, fix } = answer.expect_err(&uri);
             (!fix.contains(words)).then(|| format!("{uri}: {error}: {fix:?}, expected {words:?}"))
         });
         let wrong: Vec<_> = join_all(told).await.into_iter().flatten().collect();

@@ -4,8 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::{
     super::table::bytes,
-    Finding, Level,
-    collect::{AdminFacts, ApiAnswer, EngineFacts, HostFacts, Network, Unanswered},
+    Diagnosis, Level,
+    collect::{AdminFacts, ApiAnswer, EngineFacts, HostFacts, Network, SilentDiscovery},
     dial::{Dial, Dials, Failed, NotTried},
 };
 use crate::{
@@ -14,14 +14,14 @@ use crate::{
         Firewall,
         input::Barrier,
         leads::{By, Lead},
-        place::Place,
-        rules::Part,
+        place::RulesPlace,
+        rules::RulePart,
     },
     config::CaptureMode,
     counts::numbered,
     judgement::{self, CONNECTIONS_FEW},
     limits,
-    listening::Listener,
+    listening::PortHolder,
     memory::{NEAR, Use},
     remedy,
     report::PROVIDER,
@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// The results of all checks; later checks depend on earlier ones.
-pub(super) fn findings(facts: &HostFacts, dials: &Dials) -> Vec<Finding> {
+pub(super) fn findings(facts: &HostFacts, dials: &Dials) -> Vec<Diagnosis> {
     let mut all = vec![embassy(facts)];
     all.extend(engine(facts));
     all.extend(discoveries(facts));
@@ -58,19 +58,19 @@ pub(super) fn findings(facts: &HostFacts, dials: &Dials) -> Vec<Finding> {
     all
 }
 
-fn ok(check: &'static str, what: impl Into<String>) -> Finding {
-    Finding { check, level: Level::Ok, what: what.into(), fix: None }
+fn ok(check: &'static str, what: impl Into<String>) -> Diagnosis {
+    Diagnosis { check, level: Level::Ok, what: what.into(), fix: None }
 }
 
-fn warn(check: &'static str, what: impl Into<String>, fix: impl Into<String>) -> Finding {
-    Finding { check, level: Level::Warn, what: what.into(), fix: Some(fix.into()) }
+fn warn(check: &'static str, what: impl Into<String>, fix: impl Into<String>) -> Diagnosis {
+    Diagnosis { check, level: Level::Warn, what: what.into(), fix: Some(fix.into()) }
 }
 
-fn fail(check: &'static str, what: impl Into<String>, fix: impl Into<String>) -> Finding {
-    Finding { check, level: Level::Fail, what: what.into(), fix: Some(fix.into()) }
+fn fail(check: &'static str, what: impl Into<String>, fix: impl Into<String>) -> Diagnosis {
+    Diagnosis { check, level: Level::Fail, what: what.into(), fix: Some(fix.into()) }
 }
 
-fn embassy(facts: &HostFacts) -> Finding {
+fn embassy(facts: &HostFacts) -> Diagnosis {
     if let Some(pid) = facts.stopped.first() {
         return fail(
             "embassy",
@@ -92,7 +92,7 @@ fn embassy(facts: &HostFacts) -> Finding {
     }
 }
 
-fn engine(facts: &HostFacts) -> Option<Finding> {
+fn engine(facts: &HostFacts) -> Option<Diagnosis> {
     let check = "docker";
     Some(match facts.engine.as_ref()? {
         Ok(EngineFacts { address, version, api }) => ok(
@@ -110,23 +110,23 @@ fn engine(facts: &HostFacts) -> Option<Finding> {
     })
 }
 
-fn discoveries(facts: &HostFacts) -> impl Iterator<Item = Finding> {
+fn discoveries(facts: &HostFacts) -> impl Iterator<Item = Diagnosis> {
     facts.discoveries.iter().map(|(name, answer)| match answer {
         Ok(()) => ok("discovery", format!("{name} answers")),
-        Err(Unanswered { error, .. }) if let Some((server, rule)) = led_back(facts, name) => fail(
+        Err(SilentDiscovery { error, .. }) if let Some((server, rule)) = led_back(facts, name) => fail(
             "discovery",
             format!(
                 "{name}: {error}. A rule leads embassy's own connections to {server} back to embassy: {rule}"
             ),
             "except embassy's user from this rule (iptables: -m owner ! --uid-owner <user>), or give the registry an address that it does not match",
         ),
-        Err(Unanswered { error, fix }) => {
+        Err(SilentDiscovery { error, fix }) => {
             fail("discovery", format!("{name}: {error}"), fix.as_str())
         }
     })
 }
 
-fn kernel_path(facts: &HostFacts) -> Option<Finding> {
+fn kernel_path(facts: &HostFacts) -> Option<Diagnosis> {
     Some(match facts.kernel_path.as_ref()? {
         Ok(()) => {
             ok("kernel path", "the kernel loads its programs, and they redirect a connection")
@@ -153,35 +153,35 @@ fn led_back<'a>(facts: &'a HostFacts, name: &str) -> Option<(SocketAddr, &'a str
         .find_map(|server| Some((server, &*leads().find(|lead| lead.takes_own(server))?.rule)))
 }
 
-fn weaknesses(facts: &HostFacts) -> impl Iterator<Item = Finding> {
+fn weaknesses(facts: &HostFacts) -> impl Iterator<Item = Diagnosis> {
     facts.weaknesses.iter().map(|Weakness { what, fix }| warn("protection", what.as_str(), *fix))
 }
 
-fn port(facts: &HostFacts) -> Finding {
+fn port(facts: &HostFacts) -> Diagnosis {
     let (check, port) = ("port", facts.port);
     match &facts.listener {
-        Listener::Nobody => ok(check, format!("{port} is free")),
-        Listener::Process(holder) if facts.running.contains(&holder.pid) => {
+        PortHolder::Nobody => ok(check, format!("{port} is free")),
+        PortHolder::Process(holder) if facts.running.contains(&holder.pid) => {
             ok(check, format!("embassy listens on {port}, process {}", holder.pid))
         }
-        Listener::Hidden if facts.capturing => ok(
+        PortHolder::Hidden if facts.capturing => ok(
             check,
             format!(
                 "a program that is not visible from here listens on {port}: embassy, because it captures here"
             ),
         ),
-        Listener::Hidden => taken(facts, "a program that is not visible from here"),
-        Listener::Process(holder) => taken(facts, &holder.to_string()),
+        PortHolder::Hidden => taken(facts, "a program that is not visible from here"),
+        PortHolder::Process(holder) => taken(facts, &holder.to_string()),
     }
 }
 
 /// Whether the admin API answers, or could be started.
-fn api(admin: &AdminFacts, facts: &HostFacts) -> Finding {
+fn api(admin: &AdminFacts, facts: &HostFacts) -> Diagnosis {
     let (check, AdminFacts { at, answer, listener, error }) = ("admin", admin);
     let runs = facts.capturing || !facts.running.is_empty();
     match (answer, listener) {
         (ApiAnswer::Answers, _) => ok(check, format!("embassy answers at {at}")),
-        (ApiAnswer::Silent(silent), Listener::Process(holder))
+        (ApiAnswer::Silent(silent), PortHolder::Process(holder))
             if !facts.running.contains(&holder.pid) =>
         {
             fail(check, format!("{}: embassy cannot use this address", silent.what), OTHER_ADDRESS)
@@ -192,15 +192,15 @@ fn api(admin: &AdminFacts, facts: &HostFacts) -> Finding {
             format!("embassy cannot listen at {at} (--admin): {error}"),
             "correct --admin (EMBASSY_ADMIN), or leave it out",
         ),
-        (ApiAnswer::Fails(_), Listener::Nobody) if runs => warn(
+        (ApiAnswer::Fails(_), PortHolder::Nobody) if runs => warn(
             check,
             format!(
                 "an embassy runs here, and none answers at {at}: what it has found is not known"
             ),
             "give doctor the --admin of that embassy; if that is off, start it with an address",
         ),
-        (ApiAnswer::Fails(_), Listener::Nobody) => ok(check, format!("{at} is free")),
-        (ApiAnswer::Fails(error), Listener::Process(holder))
+        (ApiAnswer::Fails(_), PortHolder::Nobody) => ok(check, format!("{at} is free")),
+        (ApiAnswer::Fails(error), PortHolder::Process(holder))
             if facts.running.contains(&holder.pid) =>
         {
             fail(
@@ -209,12 +209,12 @@ fn api(admin: &AdminFacts, facts: &HostFacts) -> Finding {
                 "use the embassy command of the same version as the process",
             )
         }
-        (ApiAnswer::Fails(_), Listener::Process(holder)) => fail(
+        (ApiAnswer::Fails(_), PortHolder::Process(holder)) => fail(
             check,
             format!("{holder} listens at {at}, and is no embassy: embassy cannot use this address"),
             OTHER_ADDRESS,
         ),
-        (ApiAnswer::Fails(error), Listener::Hidden) => fail(
+        (ApiAnswer::Fails(error), PortHolder::Hidden) => fail(
             check,
             format!(
                 "a program that is not visible from here listens at {at}, and does not answer as an embassy: {error}"
@@ -227,12 +227,12 @@ fn api(admin: &AdminFacts, facts: &HostFacts) -> Finding {
 const OTHER_ADDRESS: &str = "stop it, or give embassy another address with --admin";
 
 /// Connections that were to be begun in a container's network, and were not.
-fn not_tried(NotTried { why, fix }: &NotTried) -> Finding {
+fn not_tried(NotTried { why, fix }: &NotTried) -> Diagnosis {
     let what = format!("no connection from a container was tried: {why}");
-    Finding { check: "dial", level: Level::Skipped, what, fix: Some((*fix).to_owned()) }
+    Diagnosis { check: "dial", level: Level::Skipped, what, fix: Some((*fix).to_owned()) }
 }
 
-fn taken(facts: &HostFacts, who: &str) -> Finding {
+fn taken(facts: &HostFacts, who: &str) -> Diagnosis {
     let port = facts.port;
     let mut leads = facts.leads.iter().flatten();
     let led = match leads.find(|lead| lead.may_lead_to(port, &facts.local)) {
@@ -249,7 +249,7 @@ fn taken(facts: &HostFacts, who: &str) -> Finding {
 /// CAP_NET_ADMIN (include/uapi/linux/capability.h).
 const NET_ADMIN: u64 = 1 << 12;
 
-fn capabilities(facts: &HostFacts) -> Finding {
+fn capabilities(facts: &HostFacts) -> Diagnosis {
     match facts.capabilities & NET_ADMIN {
         0 => fail(
             "capability",
@@ -260,14 +260,14 @@ fn capabilities(facts: &HostFacts) -> Finding {
     }
 }
 
-fn firewall(facts: &HostFacts) -> Vec<Finding> {
+fn firewall(facts: &HostFacts) -> Vec<Diagnosis> {
     let check = "firewall";
     match &facts.firewall {
         Ok(firewall) if facts.lacks.is_empty() => {
             vec![ok(check, format!("{firewall} writes the rules"))]
         }
         Ok(firewall) => {
-            let lacks = |(part, reason): &(Part, String)| {
+            let lacks = |(part, reason): &(RulePart, String)| {
                 let what = format!(
                     "{firewall} writes the rules; it cannot do one part ({reason}): {}",
                     part.loss()
@@ -288,7 +288,7 @@ fn firewall(facts: &HostFacts) -> Vec<Finding> {
 const OF_OWN_RULES: [&str; 4] = ["no_own_rule", "passed_by", "some_passed_by", "nothing_captured"];
 
 /// Whether anything captures without `--dnat` and `--redirect`.
-fn own_rules(facts: &HostFacts) -> Finding {
+fn own_rules(facts: &HostFacts) -> Diagnosis {
     let (check, port) = ("firewall", facts.port);
     match &facts.leads {
         _ if facts.capturing => {
@@ -341,7 +341,7 @@ fn is_here(lead: &Lead, facts: &HostFacts) -> bool {
 
 /// Rules of other programs, for example added by users of the original embassy, that interfere or lead to a port without a
 /// program.
-fn leftovers(facts: &HostFacts) -> Vec<Finding> {
+fn leftovers(facts: &HostFacts) -> Vec<Diagnosis> {
     let check = "leftover";
     let captures = facts.capture != CaptureMode::None;
     let leads = facts.leads.iter().flatten().filter(|lead| is_here(lead, facts));
@@ -368,10 +368,10 @@ fn leftovers(facts: &HostFacts) -> Vec<Finding> {
 
 /// The rules of a killed embassy. They redirect containers' connections to its port, on which another program may listen
 /// now.
-fn left(firewall: Firewall, facts: &HostFacts) -> Finding {
+fn left(firewall: Firewall, facts: &HostFacts) -> Diagnosis {
     let port = facts.port;
     let (consequence, fix) = match &facts.listener {
-        Listener::Process(holder) if !facts.running.contains(&holder.pid) => (
+        PortHolder::Process(holder) if !facts.running.contains(&holder.pid) => (
             format!(
                 "{holder} listens on port {port} and gets the connections that they capture, with the passwords in them"
             ),
@@ -379,7 +379,7 @@ fn left(firewall: Firewall, facts: &HostFacts) -> Finding {
                 "run embassy cleanup at once, and find out why this program listens on port {port}"
             ),
         ),
-        Listener::Hidden => (
+        PortHolder::Hidden => (
             format!(
                 "a program that is not visible from here listens on port {port} and gets the connections that they capture, with the passwords in them"
             ),
@@ -387,7 +387,7 @@ fn left(firewall: Firewall, facts: &HostFacts) -> Finding {
                 "run embassy cleanup at once, and find the program with ss -ltnp 'sport = :{port}' on the host"
             ),
         ),
-        Listener::Nobody | Listener::Process(_) => (
+        PortHolder::Nobody | PortHolder::Process(_) => (
             "the connections that they capture are refused".to_owned(),
             "run embassy cleanup, or start embassy".to_owned(),
         ),
@@ -396,24 +396,24 @@ fn left(firewall: Firewall, facts: &HostFacts) -> Finding {
 }
 
 /// The rules of a running embassy, or those that a killed one left.
-fn rules(facts: &HostFacts) -> Vec<Finding> {
+fn rules(facts: &HostFacts) -> Vec<Diagnosis> {
     let check = "rules";
-    let there = facts.places.iter().filter(|(_, place)| *place != Place::Absent);
+    let there = facts.places.iter().filter(|(_, place)| *place != RulesPlace::Absent);
     let mut all: Vec<_> = there
         .map(|(firewall, place)| match place {
             _ if facts.running.is_empty() && !facts.capturing => left(*firewall, facts),
-            Place::Behind(who) => warn(
+            RulesPlace::Behind(who) => warn(
                 check,
                 format!("{who} comes before our rules in {firewall}: connections that it translates do not reach embassy"),
                 "move it behind our rules, or make sure that it does not match the VIPs",
             ),
-            Place::First | Place::Absent => {
+            RulesPlace::First | RulesPlace::Absent => {
                 ok(check, format!("our rules in {firewall} come first"))
             }
         })
         .collect();
     for (firewall, place) in &facts.places_of_output {
-        if let Place::Behind(who) = place {
+        if let RulesPlace::Behind(who) = place {
             all.push(warn(
                 check,
                 format!("{who} comes before our rules in {firewall} for the host's own connections: connections that it translates do not reach embassy"),
@@ -447,7 +447,7 @@ fn rules(facts: &HostFacts) -> Vec<Finding> {
 const OF_INPUT: [&str; 3] = ["barrier", "drops_some", "drops_all"];
 
 /// Whether another firewall drops captured connections, which arrive on this host.
-fn input(facts: &HostFacts) -> Vec<Finding> {
+fn input(facts: &HostFacts) -> Vec<Diagnosis> {
     let check = "input";
     match &facts.barriers {
         None if facts.told.iter().any(|finding| OF_INPUT.contains(&&*finding.cause)) => Vec::new(),
@@ -471,7 +471,7 @@ fn input(facts: &HostFacts) -> Vec<Finding> {
 }
 
 /// Whether a connection that was started in a container's network arrived.
-fn arrival(dial: &Dial, port: u16) -> Finding {
+fn arrival(dial: &Dial, port: u16) -> Diagnosis {
     let (check, Dial { consumer, to, result }) = ("dial", dial);
     match result {
         Ok(()) => ok(check, format!("a connection of {consumer} to {to} arrives")),
@@ -512,7 +512,7 @@ fn inside(network: &Network, facts: &HostFacts) -> Option<IpAddr> {
 const IN_A_CONTAINER: &str = "start embassy with --redirect: it runs in a container of its own, and consumers then connect to its address; or start it with --net=host and --dnat";
 
 /// Whether connections of a network's containers to the VIP can arrive.
-fn vip(network: &Network, facts: &HostFacts) -> Finding {
+fn vip(network: &Network, facts: &HostFacts) -> Diagnosis {
     let Network { name, internal, ranges, own, .. } = network;
     let check = "vip";
     let is_local = |vip: &&IpAddr| facts.local.contains(*vip);
@@ -565,7 +565,7 @@ fn vip(network: &Network, facts: &HostFacts) -> Finding {
 }
 
 /// VIPs of --proxy-ip that no host answers for, in networks that have another VIP.
-fn dead_vips(facts: &HostFacts) -> impl Iterator<Item = Finding> {
+fn dead_vips(facts: &HostFacts) -> impl Iterator<Item = Diagnosis> {
     let vips = facts.vips.iter().flatten();
     let dead = vips.filter(|vip| !facts.local.contains(*vip)).filter_map(|vip| {
         let of = facts.networks.iter().find(|network| {
@@ -587,7 +587,7 @@ fn dead_vips(facts: &HostFacts) -> impl Iterator<Item = Finding> {
 }
 
 /// A strict filter drops packets that arrive on another interface than the one to which answers are routed.
-fn rp_filter(network: &Network) -> Option<Finding> {
+fn rp_filter(network: &Network) -> Option<Diagnosis> {
     let check = "rp_filter";
     let (_, interface) = network.own.as_ref()?;
     let other = network.way_back.as_deref().filter(|_| network.rp_filter == 1)?;
@@ -603,7 +603,7 @@ fn rp_filter(network: &Network) -> Option<Finding> {
     ))
 }
 
-fn conntrack(facts: &HostFacts) -> Option<Finding> {
+fn conntrack(facts: &HostFacts) -> Option<Diagnosis> {
     let check = "conntrack";
     let use_of = facts.conntrack.filter(|conntrack| conntrack.limit > 0)?;
     let part = format!("{} of {} entries are in use", use_of.used, use_of.limit);
@@ -616,7 +616,7 @@ fn conntrack(facts: &HostFacts) -> Option<Finding> {
     })
 }
 
-fn descriptors(facts: &HostFacts) -> Finding {
+fn descriptors(facts: &HostFacts) -> Diagnosis {
     let check = "descriptors";
     let Some(limit) = facts.descriptors else {
         return ok(check, "no limit");
@@ -634,7 +634,7 @@ fn descriptors(facts: &HostFacts) -> Finding {
     }
 }
 
-fn memory(facts: &HostFacts) -> Option<Finding> {
+fn memory(facts: &HostFacts) -> Option<Diagnosis> {
     let check = "memory";
     let Use { used, limit } = facts.memory?;
     // For a running embassy, the used memory includes that of its connections.
@@ -657,13 +657,13 @@ fn memory(facts: &HostFacts) -> Option<Finding> {
 
 /// The findings of a running embassy, except those that were checked here: about the host, and about chains before our
 /// rules.
-fn told(facts: &HostFacts) -> impl Iterator<Item = Finding> {
+fn told(facts: &HostFacts) -> impl Iterator<Item = Diagnosis> {
     let is_behind = |text: &str| {
         facts
             .places
             .iter()
             .chain(&facts.places_of_output)
-            .any(|(_, place)| matches!(place, Place::Behind(who) if text.contains(who)))
+            .any(|(_, place)| matches!(place, RulesPlace::Behind(who) if text.contains(who)))
     };
     let others = facts.told.iter().filter(move |finding| match &*finding.cause {
         "behind" => !is_behind(&finding.text),
@@ -682,7 +682,7 @@ fn told(facts: &HostFacts) -> impl Iterator<Item = Finding> {
             Verdict::Broken => Level::Fail,
         };
         let (what, fix) = (finding.text.clone(), finding.fix.clone());
-        Finding { check: finding.about.as_str(), level, what, fix }
+        Diagnosis { check: finding.about.as_str(), level, what, fix }
     })
 }
 
@@ -720,7 +720,10 @@ mod tests {
             discoveries: vec![("consul".into(), Ok(()))],
             servers: vec![("consul".into(), "172.17.0.1:8500".parse().unwrap())],
             firewall: Ok(Firewall::Nft),
-            places: vec![(Firewall::Nft, Place::First), (Firewall::Iptables, Place::Absent)],
+            places: vec![
+                (Firewall::Nft, RulesPlace::First),
+                (Firewall::Iptables, RulesPlace::Absent),
+            ],
             barriers: Some(Ok(Vec::new())),
             lacks: Vec::new(),
             places_of_output: Vec::new(),
@@ -729,12 +732,12 @@ mod tests {
             leads: Ok(Vec::new()),
             listening: [9999].into(),
             port: 9999,
-            listener: Listener::Process(holder("embassy", 7)),
+            listener: PortHolder::Process(holder("embassy", 7)),
             stopped: Vec::new(),
             admin: Some(AdminFacts {
                 at: "127.0.0.1:9990".to_owned(),
                 answer: ApiAnswer::Answers,
-                listener: Listener::Process(holder("embassy", 7)),
+                listener: PortHolder::Process(holder("embassy", 7)),
                 error: None,
             }),
             local: ["172.17.0.1".parse().unwrap()].into(),
@@ -804,15 +807,15 @@ mod tests {
         let none = found(|facts| {
             facts.running.clear();
             facts.capturing = false;
-            facts.listener = Listener::Nobody;
-            facts.places = vec![(Firewall::Nft, Place::Absent)];
-            facts.admin = admin(ApiAnswer::Fails("refused".to_owned()), Listener::Nobody);
+            facts.listener = PortHolder::Nobody;
+            facts.places = vec![(Firewall::Nft, RulesPlace::Absent)];
+            facts.admin = admin(ApiAnswer::Fails("refused".to_owned()), PortHolder::Nobody);
         });
         assert_eq!(none, []);
         // An embassy whose process is not visible, for example in another container.
         let hidden = found(|facts| {
             facts.running.clear();
-            facts.listener = Listener::Hidden;
+            facts.listener = PortHolder::Hidden;
         });
         assert_eq!(hidden, []);
         // With the user's own rules, neither the capability nor the program is needed.
@@ -827,7 +830,7 @@ mod tests {
         assert_eq!(own, []);
     }
 
-    fn admin(answer: ApiAnswer, listener: Listener) -> Option<AdminFacts> {
+    fn admin(answer: ApiAnswer, listener: PortHolder) -> Option<AdminFacts> {
         Some(AdminFacts { at: "127.0.0.1:9990".to_owned(), answer, listener, error: None })
     }
 
@@ -839,17 +842,17 @@ mod tests {
             ApiAnswer::Silent(Silent { what, fix })
         };
         let fails = || ApiAnswer::Fails("connection refused".to_owned());
-        let embassy = || Listener::Process(holder("embassy", 7));
-        let nginx = || Listener::Process(holder("nginx", 8));
+        let embassy = || PortHolder::Process(holder("embassy", 7));
+        let nginx = || PortHolder::Process(holder("nginx", 8));
         for (answer, listener, runs, expected) in [
             (silent(), embassy(), true, Some(Level::Fail)),
-            (silent(), Listener::Hidden, true, Some(Level::Fail)),
+            (silent(), PortHolder::Hidden, true, Some(Level::Fail)),
             (silent(), nginx(), false, Some(Level::Fail)),
             (fails(), nginx(), false, Some(Level::Fail)),
             (fails(), embassy(), true, Some(Level::Fail)),
-            (fails(), Listener::Hidden, true, Some(Level::Fail)),
-            (fails(), Listener::Nobody, true, Some(Level::Warn)),
-            (fails(), Listener::Nobody, false, None),
+            (fails(), PortHolder::Hidden, true, Some(Level::Fail)),
+            (fails(), PortHolder::Nobody, true, Some(Level::Warn)),
+            (fails(), PortHolder::Nobody, false, None),
         ] {
             let case = format!("{answer:?} {listener:?} {runs}");
             let found = found(|facts| {
@@ -857,15 +860,15 @@ mod tests {
                 if !runs {
                     facts.running.clear();
                     facts.capturing = false;
-                    facts.listener = Listener::Nobody;
-                    facts.places = vec![(Firewall::Nft, Place::Absent)];
+                    facts.listener = PortHolder::Nobody;
+                    facts.places = vec![(Firewall::Nft, RulesPlace::Absent)];
                 }
             });
             let expected: Vec<_> = expected.map(|level| ("admin", level)).into_iter().collect();
             assert_eq!(found, expected, "{case}");
         }
         let none = found(|facts| {
-            facts.admin = admin(fails(), Listener::Nobody);
+            facts.admin = admin(fails(), PortHolder::Nobody);
             facts.admin.as_mut().unwrap().error = Some("there is no folder /x".to_owned());
         });
         assert_eq!(none, [("admin", Level::Fail)]);
@@ -893,14 +896,14 @@ mod tests {
 
     #[test]
     fn who_gets_the_connections_that_the_rules_of_a_killed_embassy_capture_is_named() {
-        let killed = |listener: Listener| {
+        let killed = |listener: PortHolder| {
             move |facts: &mut HostFacts| {
                 facts.running.clear();
                 facts.capturing = false;
                 facts.listener = listener;
             }
         };
-        let (hidden, nginx) = (Listener::Hidden, Listener::Process(holder("nginx", 8)));
+        let (hidden, nginx) = (PortHolder::Hidden, PortHolder::Process(holder("nginx", 8)));
         for (listener, who) in [(nginx, "nginx (process 8)"), (hidden, "not visible from here")] {
             let rules = said("rules", killed(listener.clone()));
             assert!(rules.contains(who) && rules.contains("passwords"), "{rules}");
@@ -911,11 +914,11 @@ mod tests {
                 "both are said"
             );
         }
-        let nobody = said("rules", killed(Listener::Nobody));
+        let nobody = said("rules", killed(PortHolder::Nobody));
         assert!(nobody.contains("refused") && !nobody.contains("passwords"), "{nobody}");
         // A rule that embassy did not write has the same effect.
         let port = said("port", |facts| {
-            facts.listener = Listener::Process(holder("nginx", 8));
+            facts.listener = PortHolder::Process(holder("nginx", 8));
             facts.leads = Ok(vec![lead(9999)]);
         });
         assert!(port.contains("nginx (process 8)") && port.contains(&lead(9999).rule), "{port}");
@@ -953,7 +956,8 @@ mod tests {
                 "discovery",
                 Fail,
                 Box::new(|f| {
-                    f.discoveries.push(("etcd".into(), Err(Unanswered::of("etcd", "down", None))));
+                    f.discoveries
+                        .push(("etcd".into(), Err(SilentDiscovery::of("etcd", "down", None))));
                 }),
             ),
             (
@@ -968,7 +972,7 @@ mod tests {
                 Warn,
                 Box::new(|f| f.kernel_path = Some(Err("bpf(2) is not permitted".into()))),
             ),
-            ("port", Fail, Box::new(|f| f.listener = Listener::Process(holder("nginx", 8)))),
+            ("port", Fail, Box::new(|f| f.listener = PortHolder::Process(holder("nginx", 8)))),
             ("capability", Fail, Box::new(|f| f.capabilities = !NET_ADMIN)),
             ("firewall", Fail, Box::new(|f| f.firewall = Err("cannot run nft".into()))),
             ("rules", Fail, Box::new(|f| f.places.clear())),
@@ -978,7 +982,7 @@ mod tests {
                 Box::new(|f| {
                     f.running.clear();
                     f.capturing = false;
-                    f.listener = Listener::Nobody;
+                    f.listener = PortHolder::Nobody;
                 }),
             ),
             (
@@ -988,15 +992,17 @@ mod tests {
                     f.running.clear();
                     f.places.clear();
                     f.capturing = false;
-                    f.listener = Listener::Hidden;
+                    f.listener = PortHolder::Hidden;
                 }),
             ),
             (
                 "rules",
                 Warn,
-                Box::new(|f| f.places_of_output = vec![(Firewall::Nft, Place::Behind("a".into()))]),
+                Box::new(|f| {
+                    f.places_of_output = vec![(Firewall::Nft, RulesPlace::Behind("a".into()))]
+                }),
             ),
-            ("rules", Warn, Box::new(|f| f.places[0].1 = Place::Behind("another".into()))),
+            ("rules", Warn, Box::new(|f| f.places[0].1 = RulesPlace::Behind("another".into()))),
             (
                 "input",
                 Fail,
@@ -1006,7 +1012,7 @@ mod tests {
                 }),
             ),
             ("input", Warn, Box::new(|f| f.barriers = Some(Err("no rights".into())))),
-            ("firewall", Warn, Box::new(|f| f.lacks = vec![(Part::Hold, "no module".into())])),
+            ("firewall", Warn, Box::new(|f| f.lacks = vec![(RulePart::Hold, "no module".into())])),
             // As in a container on this network, and as on another one.
             ("vip", Fail, Box::new(|f| f.networks[0].own = None)),
             (
@@ -1045,7 +1051,7 @@ mod tests {
                 Fail,
                 Box::new(|f| f.memory = Some(Use { used: 500 << 20, limit: 512 << 20 })),
             ),
-            ("rules", Fail, Box::new(|f| f.places[0].1 = Place::Absent)),
+            ("rules", Fail, Box::new(|f| f.places[0].1 = RulesPlace::Absent)),
         ];
         for (check, level, change) in cases {
             assert_eq!(found(change), [(check, level)]);
@@ -1067,7 +1073,8 @@ mod tests {
                 facts.capturing = false;
                 facts.places.clear();
                 facts.leads = Ok(vec![output(rule)]);
-                facts.discoveries[0].1 = Err(Unanswered::of("consul", "connection reset", None));
+                facts.discoveries[0].1 =
+                    Err(SilentDiscovery::of("consul", "connection reset", None));
             }
         };
         let text = said("discovery", captured("iptables -t nat -A OUTPUT -j REDIRECT"));
@@ -1100,7 +1107,7 @@ mod tests {
         let behind = |facts: &mut HostFacts| {
             told(facts);
             let chain = "nft's chain ip a b, priority -150";
-            facts.places[0].1 = Place::Behind(chain.into());
+            facts.places[0].1 = RulesPlace::Behind(chain.into());
             facts.told[0].cause = "behind".into();
             facts.told[0].text = format!("{chain}, comes before our rules.");
         };
@@ -1113,7 +1120,7 @@ mod tests {
     #[test]
     fn rules_that_cannot_be_there_yet_are_not_missed() {
         let waits = |facts: &mut HostFacts| {
-            facts.places[0].1 = Place::Absent;
+            facts.places[0].1 = RulesPlace::Absent;
             facts.told = vec![api::Finding {
                 about: Subject::Process,
                 verdict: Verdict::Broken,

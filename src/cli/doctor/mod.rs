@@ -48,7 +48,7 @@ enum Level {
 
 /// The result of one check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-struct Finding {
+struct Diagnosis {
     check: &'static str,
     level: Level,
     /// The fact, and its consequence.
@@ -58,14 +58,14 @@ struct Finding {
 }
 
 /// The flags for which doctor checks.
-pub(super) struct Checked {
+pub(super) struct CheckedFlags {
     config: Config,
     /// The one running proxy whose flags are known.
-    running: Option<Running>,
+    running: Option<RunningFlags>,
 }
 
 /// The flags of a running proxy, compared with doctor's.
-struct Running {
+struct RunningFlags {
     pid: u32,
     /// Its arguments, without secrets.
     words: String,
@@ -78,9 +78,9 @@ enum Relation {
     Differs(Vec<&'static str>),
 }
 
-impl Running {
+impl RunningFlags {
     /// The finding about the flags. None if doctor's own flags mean the same.
-    fn finding(self) -> Option<Finding> {
+    fn finding(self) -> Option<Diagnosis> {
         let Self { pid, words, relation } = self;
         let check = "flags";
         Some(match relation {
@@ -93,7 +93,7 @@ impl Running {
                         format!("checked with the variables of process {pid}, which has no flags")
                     }
                 };
-                Finding { check, level: Level::Ok, what, fix: None }
+                Diagnosis { check, level: Level::Ok, what, fix: None }
             }
             Relation::Differs(flags) if flags.is_empty() => return None,
             Relation::Differs(flags) => {
@@ -103,7 +103,7 @@ impl Running {
                     "checked with other flags or variables than those of process {pid}, which runs here. Different: {flags}. Process {pid} has {words}"
                 );
                 let fix = "run embassy doctor without flags to check with those of the process";
-                Finding { check, level: Level::Warn, what, fix: Some(fix.to_owned()) }
+                Diagnosis { check, level: Level::Warn, what, fix: Some(fix.to_owned()) }
             }
         })
     }
@@ -113,18 +113,18 @@ impl Doctor {
     pub(super) fn config(
         &self,
         env: &dyn Fn(&str) -> Option<String>,
-    ) -> Result<Checked, UsageError> {
+    ) -> Result<CheckedFlags, UsageError> {
         let own = Config::of(self.flags.clone(), env)?;
         let running = running::proxies();
         // With several proxies it is unclear which one is meant.
-        let [proxy] = &running[..] else { return Ok(Checked { config: own, running: None }) };
+        let [proxy] = &running[..] else { return Ok(CheckedFlags { config: own, running: None }) };
         let theirs = Start::of(proxy).and_then(|start| {
             let config = Config::parse(start.words.clone(), &|name| start.variable(name)).ok()?;
             let words: Vec<_> = start.words.iter().map(|word| without_secrets(word)).collect();
             Some((config, words.join(" ")))
         });
         let Some((theirs, words)) = theirs else {
-            return Ok(Checked { config: own, running: None });
+            return Ok(CheckedFlags { config: own, running: None });
         };
         let (config, relation) = match self.flags.is_given() {
             true => {
@@ -133,12 +133,12 @@ impl Doctor {
             }
             false => (theirs, Relation::Taken),
         };
-        Ok(Checked { config, running: Some(Running { pid: proxy.pid, words, relation }) })
+        Ok(CheckedFlags { config, running: Some(RunningFlags { pid: proxy.pid, words, relation }) })
     }
 
     pub(super) async fn run(
         self: Box<Self>,
-        Checked { config, running }: Checked,
+        CheckedFlags { config, running }: CheckedFlags,
     ) -> Result<Answer> {
         let facts = collect::facts(&config).await;
         let dials = match facts.capturing {
@@ -146,7 +146,7 @@ impl Doctor {
             false => Dials::default(),
         };
         let mut findings = judge::findings(&facts, &dials);
-        if let Some(finding) = running.and_then(Running::finding) {
+        if let Some(finding) = running.and_then(RunningFlags::finding) {
             findings.insert(0, finding);
         }
         let well = findings.iter().all(|finding| finding.level != Level::Fail);
@@ -158,9 +158,9 @@ impl Doctor {
     }
 }
 
-fn text(findings: &[Finding]) -> String {
+fn text(findings: &[Diagnosis]) -> String {
     let mut out = String::new();
-    for Finding { check, level, what, fix } in findings {
+    for Diagnosis { check, level, what, fix } in findings {
         let level = match level {
             Level::Ok => "ok  ",
             Level::Skipped => "skip",

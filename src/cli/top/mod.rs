@@ -18,7 +18,7 @@ use tokio::{
 
 use super::{
     Answer,
-    client::{Asked, Client},
+    client::{ApiTarget, Client},
 };
 use crate::{admin::api, config};
 use rates::Look;
@@ -31,7 +31,7 @@ mod screen;
 #[derive(Debug, clap::Args)]
 pub(super) struct Top {
     #[command(flatten)]
-    asked: Asked,
+    asked: ApiTarget,
 
     /// Refresh interval, for example 500ms or 2s; at least 100ms
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = config::duration)]

@@ -17,17 +17,17 @@ pub(super) struct Look {
 
 /// The figures, and the rates since the previous ones.
 #[derive(Debug, Clone, Serialize)]
-pub(super) struct Seen {
+pub(super) struct RatedFigures {
     pub(super) status: Status,
     /// The rates of all entries together.
     pub(super) all: Rates,
-    pub(super) routes: Vec<With<Route>>,
-    pub(super) endpoints: Vec<With<Endpoint>>,
+    pub(super) routes: Vec<WithRates<Route>>,
+    pub(super) endpoints: Vec<WithRates<Endpoint>>,
 }
 
 /// An entry and its rates.
 #[derive(Debug, Clone, Serialize)]
-pub(super) struct With<T> {
+pub(super) struct WithRates<T> {
     #[serde(flatten)]
     pub(super) entry: T,
     #[serde(flatten)]
@@ -86,7 +86,7 @@ impl Rates {
 
 impl Look {
     /// These figures with the rates since `before`.
-    pub(super) fn since(&self, before: Option<&Look>) -> Seen {
+    pub(super) fn since(&self, before: Option<&Look>) -> RatedFigures {
         let seconds =
             before.map_or(0.0, |before| self.at.saturating_duration_since(before.at).as_secs_f64());
         let route = |route: &Route| (route.consumer_id.clone(), route.address.clone(), route.port);
@@ -103,7 +103,7 @@ impl Look {
         let rates = |before: Option<&Totals>, figures: &Figures| {
             Rates::between(before.copied(), Totals::from(figures), seconds)
         };
-        Seen {
+        RatedFigures {
             status: self.status.clone(),
             all: Rates::between(
                 before.map(|before| Totals::from(&before.status.connections)),
@@ -111,14 +111,14 @@ impl Look {
                 seconds,
             ),
             routes: {
-                let with = |entry: &Route| With {
+                let with = |entry: &Route| WithRates {
                     rates: rates(routes.get(&route(entry)), &entry.figures),
                     entry: entry.clone(),
                 };
                 self.routes.iter().map(with).collect()
             },
             endpoints: {
-                let with = |entry: &Endpoint| With {
+                let with = |entry: &Endpoint| WithRates {
                     rates: rates(endpoints.get(&endpoint(entry)), &entry.figures),
                     entry: entry.clone(),
                 };

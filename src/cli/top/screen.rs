@@ -18,7 +18,7 @@ use super::{
         ps::usable,
         table::{age, bytes, connect, printable},
     },
-    rates::{Look, Rates, Seen, With},
+    rates::{Look, RatedFigures, Rates, WithRates},
 };
 use crate::{
     admin::api::{CaptureMode, Endpoint, Figures, Route, Verdict},
@@ -85,7 +85,7 @@ impl Sort {
 #[derive(Debug)]
 pub(super) struct Screen {
     last: Look,
-    seen: Seen,
+    seen: RatedFigures,
     /// Why the shown figures are old.
     error: Option<String>,
     view: View,
@@ -280,7 +280,7 @@ impl Screen {
     }
 
     fn routes(&self) -> Vec<Vec<String>> {
-        let row = |With { entry, rates }: &With<Route>| {
+        let row = |WithRates { entry, rates }: &WithRates<Route>| {
             let named = [
                 entry.consumer.clone(),
                 format!("{}:{}", entry.address, port_of(entry.port, entry.protocol)),
@@ -294,7 +294,7 @@ impl Screen {
     }
 
     fn endpoints(&self) -> Vec<Vec<String>> {
-        let row = |With { entry, rates }: &With<Endpoint>| {
+        let row = |WithRates { entry, rates }: &WithRates<Endpoint>| {
             let named = [
                 format!("{} {}", entry.discovery, entry.service),
                 entry.endpoint.clone(),
@@ -307,9 +307,9 @@ impl Screen {
 
     fn rows<T>(
         &self,
-        all: &[With<T>],
-        figures: impl Fn(&With<T>) -> &Figures,
-        row: impl Fn(&With<T>) -> Vec<String>,
+        all: &[WithRates<T>],
+        figures: impl Fn(&WithRates<T>) -> &Figures,
+        row: impl Fn(&WithRates<T>) -> Vec<String>,
     ) -> Vec<Vec<String>> {
         let mut sorted: Vec<_> = all.iter().collect();
         // The sort is stable: rows with equal values stay in the API's order.

@@ -25,7 +25,7 @@ const NO_ADDRESS: &str = "no address: it is on no network";
 
 /// Whether a network can be reached. The best comes first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Reach {
+enum NetworkRank {
     /// A bridge of this host, or a network to which embassy's own container is attached too.
     Surely,
     /// A network with an unknown driver.
@@ -54,7 +54,7 @@ impl Standpoint {
         ends.sort_by_key(|(reach, name, _)| (*reach, *name));
         match ends.first() {
             None => Err(NO_ADDRESS.to_owned()),
-            Some((Reach::Never, ..)) => {
+            Some((NetworkRank::Never, ..)) => {
                 let names: Vec<_> = ends.iter().map(|(_, name, _)| &***name).collect();
                 Err(self.no_way(&names.join(", ")))
             }
@@ -86,28 +86,28 @@ impl Standpoint {
         bridge_of(&self.bridges, id, &end).is_some()
     }
 
-    fn reach(&self, id: &NetworkId, end: &Attachment) -> Reach {
+    fn reach(&self, id: &NetworkId, end: &Attachment) -> NetworkRank {
         if let Some(inside) = &self.inside {
             // Engines isolate their networks from each other.
-            return if inside.contains_key(id) { Reach::Surely } else { Reach::Never };
+            return if inside.contains_key(id) { NetworkRank::Surely } else { NetworkRank::Never };
         }
         if bridge_of(&self.bridges, id, end).is_some() {
-            return Reach::Surely;
+            return NetworkRank::Surely;
         }
-        let Some(network) = self.others.get(id) else { return Reach::Perhaps };
+        let Some(network) = self.others.get(id) else { return NetworkRank::Perhaps };
         match &*network.driver {
-            "overlay" | "none" => Reach::Never,
+            "overlay" | "none" => NetworkRank::Never,
             // The kernel isolates a parent interface from its macvlans and ipvlans. If the host has another interface in
             // the network, it reaches them via that.
             "macvlan" | "ipvlan" => {
                 let mut others = self.here.iter().filter(|(name, _)| **name != network.parent);
                 let is_in = |address: &IpAddr| network.ranges.iter().any(|r| r.contains(address));
                 match others.any(|(_, addresses)| addresses.iter().any(is_in)) {
-                    true => Reach::Perhaps,
-                    false => Reach::Never,
+                    true => NetworkRank::Perhaps,
+                    false => NetworkRank::Never,
                 }
             }
-            _ => Reach::Perhaps,
+            _ => NetworkRank::Perhaps,
         }
     }
 

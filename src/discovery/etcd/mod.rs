@@ -79,7 +79,7 @@ impl Source for EtcdSource {
                 is_new = false;
                 // A branch that changes all the time uses a tenth of the time, so that others have the rest.
                 next = Instant::now() + SHARE * took;
-                if stores.tree().is_empty() && matches!(stores, Stores::V3 { .. }) {
+                if stores.tree().is_empty() && matches!(stores, FollowedStores::V3 { .. }) {
                     let looking = reasonless.take().map(|(_, looking)| looking);
                     let looking = looking.unwrap_or_else(|| this.near().boxed());
                     reasonless = Some((endpoints, looking));
@@ -158,15 +158,18 @@ impl EtcdSource {
         timeout(Self::NEAR, looking).await.ok()?
     }
 
-    async fn stores(&self) -> Result<Stores, SourceError> {
+    async fn stores(&self) -> Result<FollowedStores, SourceError> {
         let Etcd { client, api } = &self.etcd;
-        let v3 =
-            |looks_into_v2| Stores::V3 { v3: client.v3(&self.branch), v2: None, looks_into_v2 };
+        let v3 = |looks_into_v2| FollowedStores::V3 {
+            v3: client.v3(&self.branch),
+            v2: None,
+            looks_into_v2,
+        };
         match api {
             Api::V3 => Ok(v3(false)),
-            Api::V2 => Ok(Stores::V2(client.v2(&self.branch)?)),
+            Api::V2 => Ok(FollowedStores::V2(client.v2(&self.branch)?)),
             Api::Any => match client.stores().await? {
-                etcd::Stores::V2 => Ok(Stores::V2(client.v2(&self.branch)?)),
+                etcd::Stores::V2 => Ok(FollowedStores::V2(client.v2(&self.branch)?)),
                 etcd::Stores::V3 => Ok(v3(false)),
                 etcd::Stores::Both => Ok(v3(true)),
             },
@@ -175,17 +178,17 @@ impl EtcdSource {
 }
 
 /// The stores in which the branch is currently followed.
-enum Stores {
-    V2(v2::Follower),
+enum FollowedStores {
+    V2(v2::BranchFollower),
     /// With `v2`: the branch is empty in v3.
     V3 {
-        v3: v3::Follower,
-        v2: Option<v2::Follower>,
+        v3: v3::BranchFollower,
+        v2: Option<v2::BranchFollower>,
         looks_into_v2: bool,
     },
 }
 
-impl Stores {
+impl FollowedStores {
     /// The keys in the store that is used.
     fn tree(&self) -> &Tree {
         match self {

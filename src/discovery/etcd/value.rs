@@ -54,14 +54,14 @@ pub(super) const NO_ENTRY: &str = "there is no entry at or below this branch";
 
 /// One registration.
 #[derive(Debug, PartialEq, Eq)]
-struct Instance {
+struct Registration {
     endpoint: Endpoint,
     tags: Vec<String>,
 }
 
 /// Reads a JSON document (the original's, or one of SkyDNS 2, which has `host` and `port`) or `address:port`. The error
 /// never repeats a document: it may contain a container's whole environment.
-fn parse(value: &[u8]) -> Result<Instance, String> {
+fn parse(value: &[u8]) -> Result<Registration, String> {
     if value.len() > Tree::LONGEST {
         return Err(format!("longer than {} bytes: expected JSON or address:port", Tree::LONGEST));
     }
@@ -74,7 +74,7 @@ fn parse(value: &[u8]) -> Result<Instance, String> {
     }
     if !text.starts_with('{') {
         let endpoint = address::host_and_port(text)?;
-        return Ok(Instance { endpoint, tags: Vec::new() });
+        return Ok(Registration { endpoint, tags: Vec::new() });
     }
     let document: Document =
         serde_json::from_str(text).map_err(|e| format!("not the expected JSON: {e}"))?;
@@ -92,7 +92,7 @@ fn parse(value: &[u8]) -> Result<Instance, String> {
         }
     };
     let endpoint = address::endpoint(&address, &port)?;
-    Ok(Instance { endpoint, tags: document.tags.list()? })
+    Ok(Registration { endpoint, tags: document.tags.list()? })
 }
 
 /// The document of a registration. Other fields are ignored.

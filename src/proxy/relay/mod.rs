@@ -54,7 +54,7 @@ pub(super) enum Ended {
 
 /// A request to a relay that has run for a while.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Request {
+pub(super) enum RelayRequest {
     /// Set the endpoint's timeouts. Most connections end earlier, and save these system calls.
     Watch,
     /// Stop if idle, so that the connection can be parked.
@@ -66,7 +66,7 @@ pub(super) enum Request {
 /// Passes requests to a running relay.
 #[derive(Debug, Default)]
 pub(super) struct Requests {
-    asked: Cell<Option<Request>>,
+    asked: Cell<Option<RelayRequest>>,
     task: RefCell<Option<Waker>>,
     /// The timeouts of the endpoint's socket, until they are set.
     patience: Cell<Option<Patience>>,
@@ -76,7 +76,7 @@ pub(super) struct Requests {
 
 impl Requests {
     /// Does nothing if no relay runs, or if the last request is still pending.
-    pub(super) fn ask(&self, request: Request) {
+    pub(super) fn ask(&self, request: RelayRequest) {
         if let Some(task) = self.task.take() {
             self.asked.set(Some(request));
             task.wake();
@@ -93,7 +93,7 @@ impl Requests {
         self.suspended.take()
     }
 
-    /// Sets the timeouts that [`Request::Watch`] applies to the endpoint's socket.
+    /// Sets the timeouts that [`RelayRequest::Watch`] applies to the endpoint's socket.
     pub(super) fn watch_with(&self, patience: Patience) {
         self.patience.set(Some(patience));
     }
@@ -107,9 +107,9 @@ impl Requests {
 
     /// The pending request. Registers the task to wake for the next one, unless the relay may stop now: a waker would keep the
     /// memory of a task that has ended.
-    fn next(&self, cx: &Context<'_>) -> Option<Request> {
+    fn next(&self, cx: &Context<'_>) -> Option<RelayRequest> {
         let asked = self.asked.take();
-        if !matches!(asked, Some(Request::Park | Request::Suspend)) {
+        if !matches!(asked, Some(RelayRequest::Park | RelayRequest::Suspend)) {
             self.task.borrow_mut().get_or_insert_with(|| cx.waker().clone());
         }
         asked
@@ -148,10 +148,10 @@ pub(super) async fn relay(
                 requests.watch(endpoint.socket);
             }
             match asked {
-                Some(Request::Park) if up.is_idle() && down.is_idle() => {
+                Some(RelayRequest::Park) if up.is_idle() && down.is_idle() => {
                     Poll::Ready(Ok(Ended::Idle))
                 }
-                Some(Request::Suspend) => {
+                Some(RelayRequest::Suspend) => {
                     let held = Box::new([up.suspend(), down.suspend()]);
                     requests.suspended.replace(Some(held));
                     Poll::Ready(Ok(Ended::Suspended))

@@ -22,7 +22,7 @@ use super::{
     reuse::{Recent, Reused},
 };
 use crate::{
-    body::Places,
+    body::AnswerPlaces,
     source::SourceError,
     tls::{ClientTls, Weakness, is_loopback},
 };
@@ -66,7 +66,7 @@ pub(crate) struct EtcdClient {
     leader: Recent<()>,
     stores: Recent<Stores>,
     /// For the v3 store.
-    connection: Reused<v3::Connection>,
+    connection: Reused<v3::MemberConnection>,
     /// Whether the user was not logged in last time, because authentication is off.
     login_is_off: AtomicBool,
 }
@@ -94,7 +94,7 @@ impl EtcdClient {
     }
 
     /// The places for work on answers.
-    pub(crate) fn places(&self) -> &Places {
+    pub(crate) fn places(&self) -> &AnswerPlaces {
         self.http.places()
     }
 
@@ -116,13 +116,13 @@ impl EtcdClient {
     }
 
     /// Follows a branch in the v2 store.
-    pub(crate) fn v2(self: &Arc<Self>, branch: &Branch) -> Result<v2::Follower, SourceError> {
-        v2::Follower::new(self.clone(), branch)
+    pub(crate) fn v2(self: &Arc<Self>, branch: &Branch) -> Result<v2::BranchFollower, SourceError> {
+        v2::BranchFollower::new(self.clone(), branch)
     }
 
     /// Follows a branch in the v3 store.
-    pub(crate) fn v3(self: &Arc<Self>, branch: &Branch) -> v3::Follower {
-        v3::Follower::new(self.clone(), branch)
+    pub(crate) fn v3(self: &Arc<Self>, branch: &Branch) -> v3::BranchFollower {
+        v3::BranchFollower::new(self.clone(), branch)
     }
 
     /// The names one level below a branch in the v3 store, as complete paths. `None` if they may not be read. If there are
@@ -147,12 +147,12 @@ impl EtcdClient {
     }
 
     /// The connection to a member's v3 store. Opened if there is none; then `key` is read as a test.
-    async fn connection(&self, key: &str) -> Result<Arc<v3::Connection>, SourceError> {
+    async fn connection(&self, key: &str) -> Result<Arc<v3::MemberConnection>, SourceError> {
         self.connection
             .get(async {
                 let (number, member) = self.members.current();
                 let opened =
-                    v3::Connection::open(number, member, &self.tls, self.user.as_ref(), key);
+                    v3::MemberConnection::open(number, member, &self.tls, self.user.as_ref(), key);
                 // Boxed, because the client's futures are large.
                 let opened = opened.boxed().await.inspect_err(|_| self.members.failed(number))?;
                 self.report_login(&opened);
@@ -162,7 +162,7 @@ impl EtcdClient {
     }
 
     /// Logs once that authentication is off, or on again.
-    fn report_login(&self, opened: &v3::Connection) {
+    fn report_login(&self, opened: &v3::MemberConnection) {
         let (member, is_off) = (&*opened.member, opened.login_is_off);
         match (self.login_is_off.swap(is_off, Relaxed), is_off) {
             (false, true) => warn!(
@@ -175,7 +175,7 @@ impl EtcdClient {
     }
 
     /// Makes the next caller open a connection to the next member.
-    async fn lost(&self, connection: &Arc<v3::Connection>) {
+    async fn lost(&self, connection: &Arc<v3::MemberConnection>) {
         self.connection.lost(connection).await;
         self.members.failed(connection.number());
     }

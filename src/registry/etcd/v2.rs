@@ -19,7 +19,7 @@ use url::Url;
 use super::{Branch, EtcdClient, Step, Stores, Tree};
 use crate::{
     body::Body,
-    registry::http::{self, ANSWER, Asking, HttpAnswer, LongPoll},
+    registry::http::{self, ANSWER, HttpAnswer, LongPoll, Poller},
     resolve,
     source::SourceError,
     tls::ClientTls,
@@ -27,7 +27,7 @@ use crate::{
 
 pub(crate) mod answers;
 
-use answers::{Fault, Version};
+use answers::{ErrorBody, Version};
 
 /// Interval for confirming a branch without changes. A poll may wait for days, and a hanging server would not be noticed.
 const CONFIRMED: Duration = Duration::from_secs(10);
@@ -47,7 +47,7 @@ const KEY_NOT_FOUND: u64 = 100;
 const EVENT_FORGOTTEN: u64 = 401;
 
 /// One branch in the v2 store.
-pub(crate) struct Follower {
+pub(crate) struct BranchFollower {
     etcd: Arc<EtcdClient>,
     /// The path of the key's URL.
     path: String,
@@ -55,14 +55,14 @@ pub(crate) struct Follower {
     /// The index of the event to wait for. `None` if the branch must be read with a quorum.
     wait: Option<u64>,
     read_again: bool,
-    asking: Asking<Polled>,
+    asking: Poller<Polled>,
     confirm_at: Instant,
 }
 
 /// `None` if the poll cannot give the events, and the branch must be read.
 type Polled = Result<Option<HttpAnswer>, SourceError>;
 
-impl Follower {
+impl BranchFollower {
     pub(super) fn new(etcd: Arc<EtcdClient>, branch: &Branch) -> Result<Self, SourceError> {
         let path = ["/v2/keys"].into_iter().chain(branch.segments()?).collect::<Vec<_>>().join("/");
         Ok(Self {
@@ -71,7 +71,7 @@ impl Follower {
             tree: Tree::default(),
             wait: None,
             read_again: false,
-            asking: Asking::new(),
+            asking: Poller::new(),
             confirm_at: Instant::now(),
         })
     }
@@ -135,7 +135,7 @@ impl Follower {
                 let index = answer.number(INDEX);
                 (answer.parsed(answers::tree).await?, index)
             }
-            StatusCode::NOT_FOUND => match serde_json::from_slice::<Fault>(answer.body()) {
+            StatusCode::NOT_FOUND => match serde_json::from_slice::<ErrorBody>(answer.body()) {
                 Ok(fault) if fault.error_code == KEY_NOT_FOUND => {
                     (Tree::default(), answer.number(INDEX).or(Some(fault.index)))
                 }
@@ -171,7 +171,7 @@ impl Follower {
     /// Takes the answer to a poll. `None` if it contains no event.
     fn take(&mut self, answer: &HttpAnswer, wait: u64) -> Result<Option<Step>, SourceError> {
         if answer.status != StatusCode::OK {
-            let fault = serde_json::from_slice::<Fault>(answer.body());
+            let fault = serde_json::from_slice::<ErrorBody>(answer.body());
             if fault.is_ok_and(|fault| fault.error_code == EVENT_FORGOTTEN) {
                 return Ok(None);
             }
@@ -199,7 +199,7 @@ impl Follower {
     }
 }
 
-impl fmt::Debug for Follower {
+impl fmt::Debug for BranchFollower {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("v2::Follower").field(&self.path).finish()
     }

@@ -29,7 +29,7 @@ use crate::{
 
 mod stream;
 
-use stream::{BranchWatch, News, Stream};
+use stream::{BranchEvent, BranchWatch, Stream};
 
 /// Timeout for a member's first answer.
 const PROBE: Duration = Duration::from_secs(5);
@@ -43,7 +43,7 @@ const LARGEST: usize = 16 << 20;
 const PAGE: i64 = 1000;
 
 /// A connection to one member.
-pub(crate) struct Connection {
+pub(crate) struct MemberConnection {
     client: Client,
     /// The member's number.
     number: usize,
@@ -54,7 +54,7 @@ pub(crate) struct Connection {
     stream: Mutex<Option<Stream>>,
 }
 
-impl Connection {
+impl MemberConnection {
     /// Connects, logs in, and tests with `key` whether the member works.
     pub(super) async fn open(
         number: usize,
@@ -237,7 +237,7 @@ struct Fault {
 }
 
 /// One branch in the v3 store.
-pub(crate) struct Follower {
+pub(crate) struct BranchFollower {
     etcd: Arc<EtcdClient>,
     /// The ranges of the branch.
     ranges: Vec<KeyRange>,
@@ -251,11 +251,11 @@ pub(crate) struct Follower {
 
 enum State {
     Unread,
-    Read(Arc<Connection>),
-    Watching(Arc<Connection>, BranchWatch),
+    Read(Arc<MemberConnection>),
+    Watching(Arc<MemberConnection>, BranchWatch),
 }
 
-impl Follower {
+impl BranchFollower {
     pub(super) fn new(etcd: Arc<EtcdClient>, branch: &Branch) -> Self {
         Self {
             etcd,
@@ -306,20 +306,20 @@ impl Follower {
                     return Ok(Step::Read);
                 }
                 State::Watching(connection, watch) => match watch.next().await {
-                    News::Changed(pairs) => {
+                    BranchEvent::Changed(pairs) => {
                         if let Some(step) = self.apply(pairs) {
                             return Ok(step);
                         }
                     }
-                    News::Alive => return Ok(Step::Confirmed),
-                    News::Again => {
+                    BranchEvent::Alive => return Ok(Step::Confirmed),
+                    BranchEvent::Again => {
                         self.read_at = Instant::now() + AGAIN;
                         self.state = State::Unread;
                     }
-                    News::Refused(reason) => {
+                    BranchEvent::Refused(reason) => {
                         return Err(fault(&connection.member, "watch", reason));
                     }
-                    News::Lost(reason) => {
+                    BranchEvent::Lost(reason) => {
                         self.etcd.lost(connection).boxed().await;
                         return Err(fault(&connection.member, "watch", reason));
                     }
@@ -328,7 +328,7 @@ impl Follower {
         }
     }
 
-    async fn read(&mut self, connection: &Arc<Connection>) -> Result<(), SourceError> {
+    async fn read(&mut self, connection: &Arc<MemberConnection>) -> Result<(), SourceError> {
         match connection.read(&self.ranges).boxed().await {
             Ok(reading) => {
                 (self.reading, self.read_again) = (reading, false);
@@ -366,7 +366,7 @@ impl Follower {
     }
 }
 
-impl fmt::Debug for Follower {
+impl fmt::Debug for BranchFollower {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("v3::Follower").field(&self.ranges).finish()
     }
@@ -423,15 +423,15 @@ async fn within<T>(
     timeout(limit, call).await.map_err(late)?
 }
 
-fn fault(member: &str, what: impl fmt::Display, reason: impl Into<Reason>) -> SourceError {
+fn fault(member: &str, what: impl fmt::Display, reason: impl Into<OneLine>) -> SourceError {
     SourceError::new(format_args!("etcd v3 at {member}: {what}: {}", reason.into().0))
 }
 
 /// A reason on one line, without a status's metadata.
 #[derive(Debug, Clone)]
-struct Reason(Arc<str>);
+struct OneLine(Arc<str>);
 
-impl From<Error> for Reason {
+impl From<Error> for OneLine {
     fn from(error: Error) -> Self {
         let status = match error {
             Error::GRpcStatus(status) => status,

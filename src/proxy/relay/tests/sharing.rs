@@ -129,7 +129,7 @@ fn a_relay_stops_when_it_is_asked_and_only_while_nothing_is_under_way() {
         let mut relayed = Relayed::new(&buffers).await;
         let asked = async |relayed: &Relayed| {
             for _ in 0..10 {
-                relayed.requests.ask(Request::Park);
+                relayed.requests.ask(RelayRequest::Park);
                 yield_now().await;
             }
             relayed.end.is_finished()
@@ -165,11 +165,11 @@ fn a_relay_watches_its_endpoint_once_it_is_asked_to() {
         };
         turn().await;
         assert_eq!((keepalive(), user_timeout()), (false, None));
-        requests.ask(Request::Watch);
+        requests.ask(RelayRequest::Watch);
         turn().await;
         assert_eq!((keepalive(), user_timeout()), (true, Some(Duration::from_secs(7))));
         // It can be asked again.
-        requests.ask(Request::Park);
+        requests.ask(RelayRequest::Park);
         let end = poll_fn(|cx| Poll::Ready(relay.as_mut().poll(cx))).await;
         assert!(matches!(end, Poll::Ready(Ok(Ended::Idle))));
     });

@@ -5,7 +5,7 @@ use super::*;
 /// Suspends a relay as often as it can be, until it has ended.
 async fn suspend(requests: Rc<Requests>, times: Rc<std::cell::Cell<usize>>) {
     loop {
-        requests.ask(Request::Suspend);
+        requests.ask(RelayRequest::Suspend);
         times.set(times.get() + 1);
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
@@ -58,7 +58,7 @@ fn a_half_closed_connection_is_suspended_as_it_is() {
             endpoint.read_to_string(&mut heard).await.unwrap();
             assert_eq!(heard, "last");
             for _ in 0..3 {
-                requests.ask(Request::Suspend);
+                requests.ask(RelayRequest::Suspend);
                 endpoint.write_all(b"x").await.unwrap();
                 consumer.read_exact(&mut [0]).await.unwrap();
             }

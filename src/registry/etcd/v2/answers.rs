@@ -10,7 +10,7 @@ const MOST_OBJECTS: usize = 200_000;
 /// The keys in the answer to a read of a branch.
 pub(super) fn tree(body: &[u8]) -> Result<Tree, serde_json::Error> {
     let mut tree = Tree::default();
-    read::<Listing>(body)?.node.collect(&mut tree);
+    read::<ReadBranch>(body)?.node.collect(&mut tree);
     Ok(tree)
 }
 
@@ -57,7 +57,7 @@ impl Version {
 /// The answer to a read of a branch.
 #[derive(Deserialize)]
 #[serde(expecting = "an object with a node")]
-pub(super) struct Listing {
+pub(super) struct ReadBranch {
     pub(super) node: Node,
 }
 
@@ -88,7 +88,7 @@ pub(super) struct Node {
 /// An error answer.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Fault {
+pub(super) struct ErrorBody {
     pub(super) error_code: u64,
     #[serde(default)]
     pub(super) index: u64,
@@ -128,13 +128,13 @@ impl Event {
 pub(crate) fn fuzz(input: &[u8]) {
     let mut tree = Tree::default();
     for text in std::iter::once(input).chain(input.split(|byte| *byte == b'\n')) {
-        if let Ok(listing) = read::<Listing>(text) {
+        if let Ok(listing) = read::<ReadBranch>(text) {
             listing.node.collect(&mut tree);
         }
         if let Ok(event) = event(text) {
             event.apply(&mut tree);
         }
-        let _ = serde_json::from_slice::<Fault>(text);
+        let _ = serde_json::from_slice::<ErrorBody>(text);
         let _ = serde_json::from_slice::<Version>(text).is_ok_and(|version| version.has_v3());
     }
 }
@@ -156,7 +156,7 @@ mod tests {
 
     fn listing() -> Tree {
         let mut tree = Tree::default();
-        serde_json::from_str::<Listing>(LISTING).unwrap().node.collect(&mut tree);
+        serde_json::from_str::<ReadBranch>(LISTING).unwrap().node.collect(&mut tree);
         tree
     }
 

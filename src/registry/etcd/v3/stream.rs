@@ -13,7 +13,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval},
 };
 
-use super::{LARGEST, Reason, probe, within};
+use super::{LARGEST, OneLine, probe, within};
 use crate::registry::{etcd::branch::KeyRange, http::ANSWER};
 
 /// After this time without a message, the member is asked whether it is still alive and has a leader: the stream of a
@@ -33,31 +33,31 @@ const FRESH: Duration = Duration::from_secs(1);
 /// left.
 #[derive(Debug, Clone)]
 pub(super) struct Stream {
-    requests: mpsc::Sender<Request>,
+    requests: mpsc::Sender<WatchRequest>,
     /// Marked as changed whenever the member has shown that it works.
     alive: watch::Receiver<()>,
     /// Why it ended.
-    ended: Arc<OnceLock<Reason>>,
+    ended: Arc<OnceLock<OneLine>>,
 }
 
 #[derive(Debug)]
-struct Request {
+struct WatchRequest {
     range: KeyRange,
     revision: i64,
-    listener: Listener,
+    listener: BranchListener,
 }
 
 /// The receiver of the events of a branch's ranges.
 #[derive(Debug, Clone)]
-struct Listener {
-    news: mpsc::Sender<News>,
+struct BranchListener {
+    news: mpsc::Sender<BranchEvent>,
     /// Notified when the watch of one range ends: the watches of the others do not show its events.
     lapsed: Arc<Notify>,
 }
 
-impl Listener {
+impl BranchListener {
     /// Sends the news. False if the receiver is gone or too slow.
-    fn tell(&self, news: News) -> bool {
+    fn tell(&self, news: BranchEvent) -> bool {
         let told = self.news.try_send(news).is_ok();
         if !told {
             self.lapsed.notify_one();
@@ -69,15 +69,15 @@ impl Listener {
 /// The watch of one branch. Dropping it ends the watch.
 #[derive(Debug)]
 pub(super) struct BranchWatch {
-    news: mpsc::Receiver<News>,
+    news: mpsc::Receiver<BranchEvent>,
     lapsed: Arc<Notify>,
     alive: watch::Receiver<()>,
-    ended: Arc<OnceLock<Reason>>,
+    ended: Arc<OnceLock<OneLine>>,
 }
 
 /// The events of a branch.
 #[derive(Debug)]
-pub(super) enum News {
+pub(super) enum BranchEvent {
     /// These keys were written, or deleted.
     Changed(Vec<KeyValue>),
     /// No events are missing so far.
@@ -85,23 +85,23 @@ pub(super) enum News {
     /// Events are missing: the branch must be read and watched again.
     Again,
     /// Such a watch is not possible.
-    Refused(Reason),
+    Refused(OneLine),
     /// The connection is lost.
-    Lost(Reason),
+    Lost(OneLine),
 }
 
 impl BranchWatch {
     /// Waits for the next event. Cancel-safe.
-    pub(super) async fn next(&mut self) -> News {
+    pub(super) async fn next(&mut self) -> BranchEvent {
         tokio::select! {
             biased;
-            () = self.lapsed.notified() => News::Again,
+            () = self.lapsed.notified() => BranchEvent::Again,
             news = self.news.recv() => news.unwrap_or_else(|| match self.ended.get() {
-                Some(reason) => News::Lost(reason.clone()),
-                None => News::Again,
+                Some(reason) => BranchEvent::Lost(reason.clone()),
+                None => BranchEvent::Again,
             }),
             // The end of the stream shows as the end of the events.
-            Ok(()) = self.alive.changed() => News::Alive,
+            Ok(()) = self.alive.changed() => BranchEvent::Alive,
         }
     }
 }
@@ -113,7 +113,7 @@ impl Stream {
         let ended = Arc::<OnceLock<_>>::default();
         let end = ended.clone();
         tokio::spawn(async move {
-            let mut running = Running {
+            let mut running = OpenStream {
                 client,
                 requests: requested,
                 began: Instant::now(),
@@ -143,9 +143,9 @@ impl Stream {
     ) -> BranchWatch {
         let (sender, news) = mpsc::channel(BACKLOG);
         let lapsed = Arc::<Notify>::default();
-        let listener = Listener { news: sender, lapsed: lapsed.clone() };
+        let listener = BranchListener { news: sender, lapsed: lapsed.clone() };
         for range in ranges {
-            let request = Request { range, revision, listener: listener.clone() };
+            let request = WatchRequest { range, revision, listener: listener.clone() };
             // A stream that has just ended is noticed by the end of the news. One that only accepts no more watches is not.
             if self.requests.send(request).await.is_err() && self.ended.get().is_none() {
                 lapsed.notify_one();
@@ -157,20 +157,20 @@ impl Stream {
     }
 }
 
-struct Running {
+struct OpenStream {
     client: Client,
-    requests: mpsc::Receiver<Request>,
+    requests: mpsc::Receiver<WatchRequest>,
     began: Instant,
     /// When the last message of the member arrived.
     heard: Instant,
     /// A watched key, for test requests.
     key: String,
     /// The requested watches. The server answers in this order.
-    making: VecDeque<Request>,
-    watches: HashMap<i64, Listener>,
+    making: VecDeque<WatchRequest>,
+    watches: HashMap<i64, BranchListener>,
 }
 
-impl Running {
+impl OpenStream {
     /// Runs until it is no longer needed, or the connection is lost.
     async fn run(&mut self, alive: &watch::Sender<()>) -> Result<(), Error> {
         let Some(first) = self.requests.recv().await else { return Ok(()) };
@@ -213,7 +213,7 @@ impl Running {
         }
     }
 
-    fn asked(&mut self, request: Request) {
+    fn asked(&mut self, request: WatchRequest) {
         self.key.clone_from(&request.range.start);
         self.making.push_back(request);
     }
@@ -224,13 +224,13 @@ impl Running {
         stream: &mut WatchStream,
     ) -> Result<(), Error> {
         let id = message.watch_id();
-        let refusal = || Reason(format!("cancelled: {:?}", message.cancel_reason()).into());
+        let refusal = || OneLine(format!("cancelled: {:?}", message.cancel_reason()).into());
         if message.created() {
             let Some(request) = self.making.pop_front() else { return Ok(()) };
             if !message.canceled() {
                 self.watches.insert(id, request.listener);
             } else if self.began.elapsed() < FRESH {
-                request.listener.tell(News::Refused(refusal()));
+                request.listener.tell(BranchEvent::Refused(refusal()));
             } else {
                 self.requests.close();
                 request.listener.lapsed.notify_one();
@@ -244,7 +244,7 @@ impl Running {
             };
             // Compacted: events since the branch was read are lost.
             if message.compact_revision() == 0 {
-                listener.tell(News::Refused(refusal()));
+                listener.tell(BranchEvent::Refused(refusal()));
             } else {
                 listener.lapsed.notify_one();
             }
@@ -254,7 +254,7 @@ impl Running {
             message.events().iter().filter_map(|event| event.kv().cloned()).collect();
         if !changed.is_empty()
             && let Some(listener) = self.watches.get(&id)
-            && !listener.tell(News::Changed(changed))
+            && !listener.tell(BranchEvent::Changed(changed))
         {
             self.watches.remove(&id);
             stream.cancel(id).await?;
@@ -277,7 +277,7 @@ impl Running {
     }
 }
 
-impl Request {
+impl WatchRequest {
     fn options(&self) -> WatchOptions {
         WatchOptions::new().with_range(self.range.end.as_str()).with_start_revision(self.revision)
     }
@@ -291,8 +291,8 @@ mod tests {
     /// The watch of a branch with two ranges, and the receiver of each.
     async fn watch_of_two(
         stream: Stream,
-        requests: &mut mpsc::Receiver<Request>,
-    ) -> (BranchWatch, [Listener; 2]) {
+        requests: &mut mpsc::Receiver<WatchRequest>,
+    ) -> (BranchWatch, [BranchListener; 2]) {
         let [key, below] = Branch::new("/web").ranges().try_into().unwrap();
         let watch = stream.watch([key, below].into_iter(), 1).await;
         let mut next = || requests.try_recv().unwrap().listener;
@@ -308,16 +308,19 @@ mod tests {
         let (mut watch, [one, other]) = watch_of_two(stream.clone(), &mut requested).await;
         one.lapsed.notify_one();
         drop(one);
-        assert!(matches!(watch.next().await, News::Again));
+        assert!(matches!(watch.next().await, BranchEvent::Again));
         // No task receives the news, so further news does not fit.
         let (mut slow, [one, _other]) = watch_of_two(stream.clone(), &mut requested).await;
-        while one.tell(News::Changed(Vec::new())) {}
+        while one.tell(BranchEvent::Changed(Vec::new())) {}
         drop(one);
-        assert!(matches!(slow.next().await, News::Again));
-        assert!(other.tell(News::Changed(Vec::new())), "the other one goes on");
+        assert!(matches!(slow.next().await, BranchEvent::Again));
+        assert!(other.tell(BranchEvent::Changed(Vec::new())), "the other one goes on");
         // The stream stops accepting watches midway.
         requested.close();
         let ranges = Branch::new("/web").ranges();
-        assert!(matches!(stream.watch(ranges.into_iter(), 1).await.next().await, News::Again));
+        assert!(matches!(
+            stream.watch(ranges.into_iter(), 1).await.next().await,
+            BranchEvent::Again
+        ));
     }
 }
