@@ -438,7 +438,7 @@ impl App {
             self.supervisor.tell(State::Stopping).await;
         }
         if let Some(kernel) = self.kernel.take() {
-            let late = "programs of the kernel path end with embassy";
+            let late = "programs of the kernel path are still attached; they end with the process";
             in_time(kernel.stop(), late, Instant::now() + STEP, hurry.clone()).await;
         }
         let live = self.proxy.live();

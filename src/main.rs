@@ -89,7 +89,7 @@ async fn serve(config: Config, mut successor: Successor, supervisor: Supervisor)
     let started = App::start_unless(config, supervisor.clone(), signals.stop.recv()).await?;
     let Some((mut app, is_asked_to_stop)) = started else {
         // No rules were written, because they are the last step of a start.
-        info!("embassy has stopped before it was started");
+        info!("embassy was stopped during its start");
         return Ok(());
     };
     let (stopping, failure) = loop {

@@ -419,13 +419,13 @@ fn fix(kind: SourceKind, fault: Fault) -> &'static str {
         }
 
         (Fault::OtherProtocol | Fault::NotFound, Consul) => {
-            "correct host and port in -discovery: something else than Consul's HTTP API answers there (its port is 8500; 8300 to 8302 and 8600 are others of Consul)"
+            "correct host and port in -discovery: something other than Consul's HTTP API answers there (its port is 8500; Consul uses 8300 to 8302 and 8600 for other things)"
         }
         (Fault::OtherProtocol | Fault::NotFound, Etcd) => {
-            "correct host and port in -discovery: something else than etcd's client API answers there (its port is 2379; 2380 is for other members)"
+            "correct host and port in -discovery: something other than etcd's client API answers there (its port is 2379; 2380 is for other members)"
         }
         (Fault::OtherProtocol | Fault::NotFound, Engine) => {
-            "correct -docker (DOCKER_HOST): something else than a Docker engine answers there; if it is a proxy of the engine, allow GET of /_ping, /events, /containers and /networks"
+            "correct -docker (DOCKER_HOST): something other than a Docker engine answers there; if it is a proxy of the engine, allow GET of /_ping, /events, /containers and /networks"
         }
 
         (Fault::NoLogin, Consul) => {
@@ -448,10 +448,10 @@ fn fix(kind: SourceKind, fault: Fault) -> &'static str {
         }
 
         (Fault::NoLeader, Consul) => {
-            "restore the quorum of the Consul servers (consul operator raft list-peers); embassy goes on with what it knows until then"
+            "restore the quorum of the Consul servers (consul operator raft list-peers); until then embassy uses the last data"
         }
         (Fault::NoLeader, _) => {
-            "restore the quorum of the etcd members (etcdctl endpoint status --cluster); embassy goes on with what it knows until then"
+            "restore the quorum of the etcd members (etcdctl endpoint status --cluster); until then embassy uses the last data"
         }
         (Fault::NoDatacentre, _) => {
             "correct dc= in the descriptor or ?dc= in -discovery: consul catalog datacenters lists those that Consul knows"
@@ -480,10 +480,10 @@ fn fix(kind: SourceKind, fault: Fault) -> &'static str {
             "let TCP to its port pass the firewalls between here and there, or correct the address in -discovery; if it is reachable, it hangs or is overloaded: restart it"
         }
         (Fault::Ended, Consul) => {
-            "correct host and port in -discovery if something else than Consul answers there (its port is 8500); use consuls:// if it speaks TLS (8501); else the log of the Consul agent says why it ends connections"
+            "correct host and port in -discovery if something other than Consul answers there (its port is 8500); use consuls:// if it speaks TLS (8501); else the log of the Consul agent says why it ends connections"
         }
         (Fault::Ended, Etcd) => {
-            "correct host and port in -discovery if something else than etcd answers there (its port is 2379); set -etcd-cacert if it speaks TLS; else the log of etcd says why it ends connections"
+            "correct host and port in -discovery if something other than etcd answers there (its port is 2379); set -etcd-cacert if it speaks TLS; else the log of etcd says why it ends connections"
         }
         (Fault::Ended, Engine) => {
             "see the log of the engine (journalctl -u docker) for why it ends connections; if it speaks TLS, set DOCKER_TLS_VERIFY=1"
@@ -622,17 +622,17 @@ mod tests {
             (
                 "consul",
                 "GET http://c:22/v1: error sending request: client error (SendRequest): invalid HTTP version parsed",
-                "something else than Consul",
+                "something other than Consul",
             ),
             (
                 "consul",
                 "GET http://c:80/v1: 404 Not Found \"<html>\"",
-                "something else than Consul",
+                "something other than Consul",
             ),
             (
                 "consul",
                 "GET http://c:80/v1: the answer has no X-Consul-Index: is this Consul?",
-                "something else than Consul",
+                "something other than Consul",
             ),
             ("consul", "GET http://c:8500/v1: no complete answer within 10 s", "firewalls"),
             ("consul", "token file /t: No such file or directory (os error 2)", "?token-file="),

@@ -213,7 +213,7 @@ impl Report {
         let (more, were) = (rejected.more(), before.map_or(0, Rejections::more));
         self.refused.endpoints.fetch_add(more.saturating_sub(were) as u64, Relaxed);
         if more > 0 && were == 0 {
-            warn!(service = %query, more, "more discovery entries skipped than are named");
+            warn!(service = %query, more, "further discovery entries skipped without a line each");
         }
         if rejected.count() == 0 {
             self.rejected.remove(query);

@@ -163,7 +163,7 @@ impl Feeds {
         servers.into_iter().find_map(|(_, server)| {
             let rule = &rules.lead_of_own(*server)?.rule;
             Some(format!(
-                "except embassy's user from the rule that leads embassy's own connections to {server} back to it (-m owner ! --uid-owner <user>): {rule}"
+                "exclude embassy's user from the rule that leads embassy's own connections to {server} back to it (-m owner ! --uid-owner <user>): {rule}"
             ))
         })
     }

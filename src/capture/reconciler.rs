@@ -142,7 +142,7 @@ impl Reconciler {
             warn!(
                 loss = part.loss(),
                 reason,
-                "the firewall cannot do an optional part of the rules; capturing without it"
+                "the firewall does not support an optional part of the rules; capturing without it"
             );
         }
     }
@@ -376,7 +376,7 @@ impl Reconciler {
         }
         if let Some(ready) = self.ready.take() {
             let RuleSettings { redirect, scope, .. } = self.settings;
-            info!(%firewall, owned = self.backend.is_owned(), redirect, scope = %scope, "capturing");
+            info!(%firewall, owned = self.backend.is_owned(), redirect, scope = %scope, "embassy captures connections");
             ready.done();
         }
     }

@@ -40,7 +40,7 @@ impl Cleanup {
                 pids => format!(" (process {})", pids.join(", ")),
             };
             bail!(
-                "an embassy captures here{who} and removes its own rules when it stops: stop it, or use --force"
+                "an embassy captures here{who} and removes its rules when it stops: stop it, or use --force"
             );
         }
         let mut done = Done::default();

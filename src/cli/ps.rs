@@ -28,7 +28,7 @@ pub(super) struct Ps {
     #[arg(long, short)]
     endpoints: bool,
 
-    /// Sort by this: name in ascending order, figures with the highest first
+    /// Column to sort by: name ascending, figures descending
     #[arg(long, short, value_name = "FIGURE", default_value = "name")]
     sort: Sort,
 

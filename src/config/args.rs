@@ -49,7 +49,7 @@ pub(crate) struct Args {
 
     /// Bind each container's address to the container's own port of its bridge, so that no other container can use it. "vip":
     /// for packets to a VIP; "full": ARP, neighbour discovery and Ethernet addresses too, which also stops virtual machines and
-    /// nested bridges inside containers; "off". Needs nft, and that embassy sees the containers' processes [default: vip]
+    /// nested bridges inside containers; "off". Needs nft, and in a container --pid=host [default: vip]
     #[arg(
         long,
         help_heading = CAPTURE,
@@ -78,7 +78,7 @@ pub(crate) struct Args {
     )]
     pub(super) provider: Option<String>,
 
-    /// Bindings of the static provider: svc;port,svc[tag,tag];port. Its consumer, this host or container, is called "local"
+    /// Bindings of the static provider: svc;port,svc[tag,tag];port. The only consumer is this host or container; its name is "local"
     #[arg(long, help_heading = CONSUMERS, value_name = "DESCRIPTOR,...")]
     pub(super) services: Option<String>,
 
@@ -98,7 +98,7 @@ pub(crate) struct Args {
     pub(super) max_bindings_per_consumer: Option<String>,
 
     /// Maximum number of services that all consumers together may use, at least 1; a service with other tags or another datacentre
-    /// counts as another one. Bindings of further ones are reported and get no route; services in use stay. Each service is
+    /// counts as another service. Bindings of further services are reported and get no route; services in use stay. Each service is
     /// a query to its registry [default: 4096]
     #[arg(long, help_heading = CONSUMERS, value_name = "NUMBER")]
     pub(super) max_services: Option<String>,
@@ -116,7 +116,7 @@ pub(crate) struct Args {
 
     /// Networks that the endpoints of registries may be in, comma separated; endpoints of file:// and of containers of this
     /// host are not limited. Loopback, link-local and metadata addresses and VIPs are only allowed by a network that
-    /// consists of such addresses (a VIP: of itself) [default: any address but those]
+    /// consists of such addresses (a VIP only by its own address) [default: any address except those]
     #[arg(long, help_heading = DISCOVERY, value_name = "CIDR,...")]
     pub(super) endpoints: Option<String>,
 
@@ -195,7 +195,7 @@ pub(crate) struct Args {
     pub(super) drain: Option<String>,
 
     /// Take over from the embassy that runs in this network namespace with the same --port and --state-dir: listeners, rules,
-    /// counters and open connections; it then ends. Without a running one this is a usual start [default: false]
+    /// counters and open connections; the old process then ends. If none runs, this is a normal start [default: false]
     #[arg(long, help_heading = TRAFFIC, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(super) takeover: Option<String>,
 
@@ -239,7 +239,7 @@ pub(crate) struct Args {
     )]
     pub(super) log_format: Option<String>,
 
-    /// Log verbosity: 0 changes and problems, 1 to 3 actions and reasons, 4 to 6 all of embassy, 7 to 10 the libraries too.
+    /// Log verbosity: 0 changes and problems, 1 to 3 actions and reasons, 4 to 6 all messages of embassy, 7 to 10 also those of its libraries.
     /// Without this flag RUST_LOG sets the level per module [default: 0]
     #[arg(long, short, help_heading = OBSERVING, value_name = "LEVEL")]
     pub(super) verbosity: Option<String>,
@@ -321,7 +321,7 @@ const OBSERVING: &str = "Observing";
 const ENVIRONMENT: &str = "\
 Environment without a flag:
   CONSUL_HTTP_ADDR
-          The address of a consul:// URI without one
+          The address for a consul:// URI without an address
   CONSUL_NAMESPACE, CONSUL_PARTITION
           The namespace and the partition of a consul:// URI without ns= and partition=
   CONSUL_HTTP_TOKEN, CONSUL_HTTP_TOKEN_FILE, CONSUL_HTTP_AUTH, CONSUL_HTTP_SSL,

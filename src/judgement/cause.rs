@@ -173,7 +173,7 @@ causes! {
         "{binding} has no route: {reason}.",
         "{fix}";
     Bindings, Degraded, Partly { binding: String, reason: Reason, fix: &'static str } "partly_routed",
-        "{binding} has only some of its routes: {reason}.",
+        "{binding} has a route from only some of the consumer's addresses: {reason}.",
         "{fix}";
     Bindings, Degraded, Overruled { binding: String, reason: Reason } "overruled",
         "{binding} is not used: {reason}.",
@@ -213,7 +213,7 @@ causes! {
         "All endpoints of {service} are drained: connections are reset.",
         "end the drain of one (PUT /v1/endpoints/drain), or start another";
     Routes, Broken, AllCircular { service: String } "all_circular",
-        "No endpoint of {service} can be used, because each has the dialled address itself (circular): connections are reset.",
+        "No endpoint of {service} can be used, because each has the address that the consumer dialled (circular): connections are reset.",
         "register the service with an address that is not the VIP";
     Routes, Broken, NotAnswered { service: String, error: Because, meanwhile: HeldFor, fix: String } "waiting",
         "{service} has not answered yet{error}: {meanwhile}.",

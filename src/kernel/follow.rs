@@ -666,7 +666,7 @@ impl Core {
         if lost != self.lost {
             warn!(
                 records = lost - self.lost,
-                "connections ended faster than their records are read; the connection log lacks them, the counts do not"
+                "connections of the kernel path ended too fast to log each; the connection log lacks some, the counts are complete"
             );
             self.lost = lost;
         }

@@ -202,7 +202,7 @@ pub async fn knock(
             let life = life.into_iter().next().ok_or(ChannelError::Descriptors)?;
             Ok(Some((channel, hello, Life(life))))
         }
-        Some(_) => Err(ChannelError::Unexpected("something else than hello")),
+        Some(_) => Err(ChannelError::Unexpected("something other than hello")),
         None => Err(ChannelError::Closed),
     }
 }

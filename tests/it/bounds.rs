@@ -256,7 +256,7 @@ fn a_registry_of_any_size_holds_nobody_up() -> Result<()> {
     greedy.start()?;
     for words in [
         ["service has more endpoints than are used", "consul huge", "left_out=190000"],
-        ["more discovery entries skipped than are named", "consul empty", "more="],
+        ["further discovery entries skipped without a line each", "consul empty", "more="],
     ] {
         eventually(SLOW, &format!("the log to say {words:?}"), || {
             let log = embassy.log();

@@ -260,7 +260,7 @@ fn nothing_is_captured_before_the_first_listing() -> Result<()> {
     web(&host, "web")?;
     let app = host.client("app").env("BACKEND_WEB", "/services/web;80").start()?;
     reaches(&app, "172.17.0.1:80", "web")?;
-    says(&embassy, &["capturing", "firewall=nft", "owned=true"])
+    says(&embassy, &["embassy captures connections", "firewall=nft", "owned=true"])
 }
 
 /// Rules and tables of other programs, in all the places where ours are.

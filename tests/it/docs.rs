@@ -41,7 +41,7 @@ fn host() -> Result<(Host, Embassy)> {
     )?;
     embassy.wait_ready(READY)?;
     reaches_one(&app)?;
-    says(&embassy, &["capturing"])?;
+    says(&embassy, &["embassy captures connections"])?;
     Ok((host, embassy))
 }
 

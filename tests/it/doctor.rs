@@ -253,7 +253,7 @@ fn without_flags_it_goes_by_those_of_the_embassy_that_runs() -> Result<()> {
     let mut command = host.embassy_command(["--dnat", "-p=9998", "--admin=127.0.0.1:9991"])?;
     command.env("DISCOVERY", "etcd://127.0.0.1:2379");
     let embassy = host.embassy_from(command)?;
-    says(&embassy, &["capturing"])?;
+    says(&embassy, &["embassy captures connections"])?;
     let findings = |words: &[&str]| {
         let mut command = host.embassy_command(words)?;
         let output = command.env_remove("DOCKER_HOST").arg("--json").output()?;

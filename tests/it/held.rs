@@ -125,5 +125,5 @@ fn of_those_that_wait_one_source_leaves_places_to_others() -> Result<()> {
     let _other = other.spawn("other", ["testbed", "peer", "hold", VIP, "-n", "1"])?;
     counts(&embassy, "embassy_connections_held", 145)?;
     assert_eq!(refused(&embassy, "too_many_held")?, 400 - 144);
-    says(&embassy, &["capturing"])
+    says(&embassy, &["embassy captures connections"])
 }

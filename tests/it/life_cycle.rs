@@ -414,7 +414,7 @@ fn a_firewall_that_hangs_does_not_hold_up_a_stop_during_the_start() -> Result<()
     // Leftovers of an earlier embassy are removed before anything else.
     says(&embassy, &["embassy starts"])?;
     embassy.terminate()?;
-    says(&embassy, &["embassy has stopped before it was started"])?;
+    says(&embassy, &["embassy was stopped during its start"])?;
     assert_eq!(embassy.wait(WAIT)?.code(), Some(0));
     host.run("rm", ["/run/hang"])?;
     nothing_is_left(&host)

@@ -545,9 +545,9 @@ mod tests {
         // `P` is the port; without an answer no program listens there.
         let cases = [
             ("consul://127.0.0.1:P", None, "start Consul"),
-            ("consul://127.0.0.1:P", Some(SSH), "something else than Consul"),
-            ("consul://127.0.0.1:P", Some(http("404 Not Found", "")), "something else than Consul"),
-            ("consul://127.0.0.1:P", Some(http("200 OK", "[]")), "something else than Consul"),
+            ("consul://127.0.0.1:P", Some(SSH), "something other than Consul"),
+            ("consul://127.0.0.1:P", Some(http("404 Not Found", "")), "something other than Consul"),
+            ("consul://127.0.0.1:P", Some(http("200 OK", "[]")), "something other than Consul"),
             (
                 "consul://127.0.0.1:P",
                 Some(http("403 Forbidden", "Permission denied")),
@@ -567,11 +567,11 @@ mod tests {
             ),
             ("etcd://127.0.0.1:P", None, "start etcd"),
             ("etcd3://127.0.0.1:P", None, "start etcd"),
-            ("etcd://127.0.0.1:P", Some(SSH), "something else than etcd"),
-            ("etcd3://127.0.0.1:P", Some(SSH), "something else than etcd"),
+            ("etcd://127.0.0.1:P", Some(SSH), "something other than etcd"),
+            ("etcd3://127.0.0.1:P", Some(SSH), "something other than etcd"),
             ("etcd://127.0.0.1:P", Some(to_https()), "-etcd-cacert"),
             ("docker://127.0.0.1:P", None, "start the engine"),
-            ("docker://127.0.0.1:P", Some(SSH), "something else than a Docker engine"),
+            ("docker://127.0.0.1:P", Some(SSH), "something other than a Docker engine"),
             ("docker://127.0.0.1:P", Some(http("403 Forbidden", "")), "allow GET"),
             ("dns://127.0.0.1:P", None, "DNS server"),
             (missing.as_str(), None, "create the file"),

@@ -118,7 +118,7 @@ fn discoveries(facts: &HostFacts) -> impl Iterator<Item = Diagnosis> {
             format!(
                 "{name}: {error}. A rule leads embassy's own connections to {server} back to embassy: {rule}"
             ),
-            "except embassy's user from this rule (iptables: -m owner ! --uid-owner <user>), or give the registry an address that it does not match",
+            "exclude embassy's user from this rule (iptables: -m owner ! --uid-owner <user>), or give the registry an address that it does not match",
         ),
         Err(SilentDiscovery { error, fix }) => {
             fail("discovery", format!("{name}: {error}"), fix.as_str())
@@ -136,7 +136,7 @@ fn kernel_path(facts: &HostFacts) -> Option<Diagnosis> {
             format!(
                 "not available: connections go through the proxy, and bindings of UDP are not served: {error}"
             ),
-            "give embassy what the error names and start it again, or start it with --path=proxy: then nothing is tried",
+            "give embassy the right or file that the error names, and start it again; or start it with --path=proxy, which does not need it",
         ),
     })
 }
