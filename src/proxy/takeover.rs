@@ -220,6 +220,8 @@ async fn offer(
             let taken = exported.iter().zip(taken).filter(|(_, taken)| *taken);
             Ok(taken.map(|(one, _)| one.place).collect())
         }
-        _ => Err(ChannelError::Unexpected("something other than which connections it takes").into()),
+        _ => {
+            Err(ChannelError::Unexpected("something other than which connections it takes").into())
+        }
     }
 }

@@ -129,7 +129,8 @@ fn the_older_iptables_is_read_by_its_own_listing() -> Result<()> {
 /// Checks that the log, the status and readiness report the missing part.
 fn works_without(embassy: &Embassy, loss: &str) -> Result<()> {
     embassy.wait_ready(READY)?;
-    let message = "the firewall does not support an optional part of the rules; capturing without it";
+    let message =
+        "the firewall does not support an optional part of the rules; capturing without it";
     says(embassy, &[message, loss])?;
     assert_eq!(embassy.log().matches(message).count(), 1);
     assert_eq!(metric(embassy, "embassy_capture_failures_total")?, 0);

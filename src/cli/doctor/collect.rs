@@ -546,7 +546,11 @@ mod tests {
         let cases = [
             ("consul://127.0.0.1:P", None, "start Consul"),
             ("consul://127.0.0.1:P", Some(SSH), "something other than Consul"),
-            ("consul://127.0.0.1:P", Some(http("404 Not Found", "")), "something other than Consul"),
+            (
+                "consul://127.0.0.1:P",
+                Some(http("404 Not Found", "")),
+                "something other than Consul",
+            ),
             ("consul://127.0.0.1:P", Some(http("200 OK", "[]")), "something other than Consul"),
             (
                 "consul://127.0.0.1:P",
