@@ -212,7 +212,7 @@ fn the_documents_tell_of_every_state() -> Result<()> {
         ensure!(readyz.contains(&format!("`{part}`")), "{part}");
     }
     let (_, path) = operations.split_once("## The kernel path\n").context("no section on it")?;
-    let (path, _) = path.split_once("\n## ").context("no section behind it")?;
+    let (path, _) = path.split_once("What is different").context("no differences behind it")?;
     let lines = path.lines().filter(|line| line.starts_with("- `"));
     let told: BTreeSet<&str> =
         lines.flat_map(|line| line.split(':').next().unwrap_or_default().split('`')).collect();
