@@ -359,7 +359,7 @@ impl App {
         }
         let figures = proxy.figures();
         let supervised = [
-            tokio::spawn(supervisor.clone().follow(is_ready)),
+            tokio::spawn(supervisor.clone().follow(is_ready, taken.is_some())),
             tokio::spawn(supervisor.clone().watch(async move || figures.turns().await)),
         ];
         keeper.iter().for_each(Keeper::begin);
