@@ -359,7 +359,7 @@ impl App {
         }
         let figures = proxy.figures();
         let supervised = [
-            tokio::spawn(supervisor.clone().follow(is_ready)),
+            tokio::spawn(supervisor.clone().follow(is_ready, taken.is_some())),
             tokio::spawn(supervisor.clone().watch(async move || figures.turns().await)),
         ];
         keeper.iter().for_each(Keeper::begin);
@@ -431,15 +431,14 @@ impl App {
     pub async fn stop(mut self, mut why: Stopping, hurry: impl Future<Output = ()>) -> Result<()> {
         let hurry = hurry.shared();
         self.said.abort();
+        // After STOPPING=1 nothing else is said.
+        let [follows, _] = &self.supervised;
+        follows.abort();
         self.own_rules.abort();
         // A load balancer that asks /readyz sends new connections elsewhere, and the address is free for the next process.
         drop(self.admin.take());
         if why != Stopping::HandedOver {
             self.supervisor.tell(State::Stopping).await;
-        }
-        if let Some(kernel) = self.kernel.take() {
-            let late = "programs of the kernel path are still attached; they end with the process";
-            in_time(kernel.stop(), late, Instant::now() + STEP, hurry.clone()).await;
         }
         let live = self.proxy.live();
         if live > 0 {
@@ -447,6 +446,11 @@ impl App {
         }
         if why == Stopping::Asked && self.drain_or_hand_over(hurry.clone()).await {
             why = Stopping::HandedOver;
+        }
+        // Until here its programs serve, UDP too, which nothing else would. Another process that has taken over has its own.
+        if let Some(kernel) = self.kernel.take() {
+            let late = "programs of the kernel path are still attached; they end with the process";
+            in_time(kernel.stop(), late, Instant::now() + STEP, hurry.clone()).await;
         }
         // Nobody is answered there any more. Who was greeted sees this process live until all of this has ended.
         let _alive = self.door.take().map(Door::close).or(self.alive.take());
@@ -512,6 +516,7 @@ impl App {
                 }
             };
             let asker = tokio::select! {
+                biased;
                 drained = timeout_at(end, self.proxy.leave()) => {
                     if drained.is_err() {
                         let live = self.proxy.live();
@@ -522,7 +527,7 @@ impl App {
                 () = hurry.clone() => return false,
                 asker = asked => asker,
             };
-            match self.hand_over(asker).await {
+            match self.hand_over(asker, Some(end), hurry.clone()).await {
                 Ok(true) => return true,
                 Ok(false) => {}
                 // The rules are to be removed anyhow.

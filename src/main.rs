@@ -2,7 +2,9 @@
 
 use std::{
     backtrace::{Backtrace, BacktraceStatus},
-    env, panic,
+    env,
+    future::pending,
+    panic,
     process::ExitCode,
     time::Duration,
 };
@@ -119,7 +121,7 @@ async fn serve(config: Config, mut successor: Successor, supervisor: Supervisor)
                 TakeoverEvent::Failed(error) => break (Stopping::Failed, Some(error)),
                 TakeoverEvent::Takeover(asker) => {
                     let process = asker.0.peer_process();
-                    match app.hand_over(*asker).await {
+                    match app.hand_over(*asker, None, pending()).await {
                         Ok(true) => {
                             // Before this one ends: the supervisor would take that for the end of embassy.
                             if let Some(process) = process.filter(|one| successor.is(Some(*one))) {

@@ -20,7 +20,7 @@ use rustix::{
 };
 use tokio::{io::AsyncReadExt, net::unix::pipe, process::Command};
 
-use crate::{privileges, supervisor::Supervisor};
+use crate::{docker, privileges, supervisor::Supervisor, takeover::succession};
 
 /// The first word of the process in between. Its other words are the program and what the program is given.
 const WORD: &str = "start-successor";
@@ -33,7 +33,7 @@ pub enum NoSuccessor {
     #[error("one is about to take over already")]
     Already,
     #[error(
-        "this is process 1 of a container, which ends with it: start a second container with --takeover instead"
+        "this is the main process of a container, which ends with it: start a second container with --takeover instead"
     )]
     Container,
     #[error(
@@ -75,7 +75,7 @@ impl Successor {
         if self.running.is_some() {
             return Err(NoSuccessor::Already);
         }
-        if getpid().is_init() {
+        if is_main_of_container() {
             return Err(NoSuccessor::Container);
         }
         if !supervisor.listens() {
@@ -136,6 +136,13 @@ impl Successor {
     }
 }
 
+/// Whether a container ends with this process. In the host's process namespace (`--pid=host`) it is not process 1: that has the host's
+/// root. Where systemd runs in the container, embassy has the root of that.
+fn is_main_of_container() -> bool {
+    let is_apart = || succession::is_apart_from_init() == Some(true);
+    getpid().is_init() || (docker::obstacle::is_in_container() && is_apart())
+}
+
 /// The process in between: starts the new one, and says which it is. `None`: this process is another.
 pub fn start_for_another(words: &[OsString]) -> Option<ExitCode> {
     let (word, rest) = words.split_first()?;
@@ -154,7 +161,19 @@ fn launch(program: &OsStr, words: &[OsString]) -> io::Result<u32> {
     let mut command = std::process::Command::new(program);
     // What it has as its input shows the one before that it lives.
     command.args(words).stdin(Stdio::inherit());
-    Ok(privileges::hand_down(|| command.spawn())?.id())
+    let started = match has_file_capabilities(Path::new(SELF)) {
+        // Whoever may run this file would give them to any program. The new program's file has its own.
+        true => command.spawn(),
+        false => privileges::hand_down(|| command.spawn()),
+    };
+    Ok(started?.id())
+}
+
+/// Whether whoever runs the file has its capabilities (man 7 capabilities).
+fn has_file_capabilities(file: &Path) -> bool {
+    // Its value takes 24 bytes at most.
+    let mut value = [0; 64];
+    rustix::fs::getxattr(file, "security.capability", &mut value).is_ok()
 }
 
 /// Writes the number where the one before reads it: to what this process has as its input.
@@ -212,6 +231,20 @@ mod tests {
         drop(theirs);
         tokio::time::timeout(std::time::Duration::from_secs(60), one.ended()).await.unwrap();
         assert!(!one.is(Some(7)));
+    }
+
+    #[test]
+    fn a_program_that_gives_its_users_capabilities_is_known() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(!has_file_capabilities(file.path()));
+        assert!(!has_file_capabilities(Path::new("/no/such/file")));
+        // CAP_NET_ADMIN, permitted (linux/capability.h: VFS_CAP_REVISION_2).
+        let mut value = [0; 20];
+        (value[3], value[5]) = (2, 1 << 4);
+        let name = "security.capability";
+        let set = rustix::fs::setxattr(file.path(), name, &value, rustix::fs::XattrFlags::empty());
+        // Not everybody may, and not everywhere.
+        assert_eq!(has_file_capabilities(file.path()), set.is_ok());
     }
 
     #[test]

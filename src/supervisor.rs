@@ -135,13 +135,18 @@ impl Supervisor {
     }
 
     /// Says that this process has started: once it is ready, or after a while if it is not. Then says whether it is. Ends with the
-    /// sender of `ready`.
-    pub async fn follow(self, mut ready: watch::Receiver<bool>) {
+    /// sender of `ready`. `is_main`: it was said with [`State::Main`] already; said twice, it would end a reload that has begun since.
+    pub async fn follow(self, mut ready: watch::Receiver<bool>, is_main: bool) {
         if !self.listens() {
             return;
         }
-        let _ = timeout(START, ready.wait_for(|ready| *ready)).await;
-        self.tell(State::Ready).await;
+        // Without a sender this process ends.
+        if let Ok(Err(_)) = timeout(START, ready.wait_for(|ready| *ready)).await {
+            return;
+        }
+        if !is_main {
+            self.tell(State::Ready).await;
+        }
         loop {
             let is_ready = *ready.borrow_and_update();
             self.tell(State::IsReady(is_ready)).await;
@@ -262,7 +267,7 @@ mod tests {
             let (one, socket) = supervisor(&path.display().to_string(), &address, "");
             let (sender, ready) = watch::channel(false);
             let start = tokio::time::Instant::now();
-            let following = tokio::spawn(one.follow(ready));
+            let following = tokio::spawn(one.follow(ready, false));
             let mut said = Vec::new();
             while said.is_empty() {
                 sleep(Duration::from_millis(500)).await;
@@ -278,6 +283,26 @@ mod tests {
             drop(sender);
             following.await.unwrap();
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_has_taken_over_or_ends_does_not_say_that_it_has_started() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("notify");
+        let address = SocketAddr::from_pathname(&path).unwrap();
+        let (one, socket) = supervisor(&path.display().to_string(), &address, "");
+        let (sender, ready) = watch::channel(true);
+        let following = tokio::spawn(one.clone().follow(ready, true));
+        sleep(Duration::from_secs(60)).await;
+        assert_eq!(heard(&socket), ["STATUS=ready"]);
+        drop(sender);
+        following.await.unwrap();
+        let (sender, ready) = watch::channel(false);
+        let following = tokio::spawn(one.follow(ready, false));
+        sleep(Duration::from_secs(1)).await;
+        drop(sender);
+        following.await.unwrap();
+        assert_eq!(heard(&socket), [""; 0]);
     }
 
     #[tokio::test(start_paused = true)]

@@ -6,6 +6,7 @@ use std::{
         unix::fs::DirBuilderExt,
     },
     path::{Path, PathBuf},
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -14,10 +15,11 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail};
+use futures_util::FutureExt;
 use tokio::{
     sync::watch,
     task::JoinHandle,
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use tracing::{debug, info, warn};
 
@@ -38,6 +40,9 @@ use crate::{
 
 /// How long the new process may take to learn what it needs for its first table. The running one serves meanwhile.
 const LEARN: Duration = Duration::from_secs(60);
+/// How often a process is asked again that has closed the connection without a greeting, and the pause before that.
+const CLOSED: u32 = 5;
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
 /// How long connections may stand still, at most. Then the running process continues.
 const STANDSTILL: Duration = Duration::from_secs(5);
 
@@ -54,7 +59,7 @@ pub enum TakeoverEvent {
 #[derive(Debug)]
 pub(super) enum Found {
     Nobody,
-    /// One that had taken over from the container of this process. It has ended since.
+    /// One that has just ended, or is about to: one that had taken over from the container of this process, or closed its door.
     Ended,
     Running(Box<Predecessor>),
 }
@@ -151,13 +156,20 @@ impl Found {
             return Ok(Self::Nobody);
         };
         let mut stands_by = false;
+        let mut closed = 0;
         loop {
             let found = knock(&path, hello(config, String::new(), Vec::new())).await;
+            // It has just closed its door, as it ends or as another one has taken over.
+            if found.as_ref().is_err_and(ChannelError::is_end) && closed < CLOSED {
+                closed += 1;
+                sleep(LOOK_AGAIN).await;
+                continue;
+            }
             let found = found.with_context(|| {
                 format!("cannot ask the running embassy for a takeover at {}", path.display())
             })?;
             let Some((channel, hello, life)) = found else {
-                return Ok(if stands_by { Self::Ended } else { Self::Nobody });
+                return Ok(if stands_by || closed > 0 { Self::Ended } else { Self::Nobody });
             };
             if !succession::is_succeeded(&succession::root(), &hello) {
                 let found = Predecessor { channel, hello, life };
@@ -231,7 +243,10 @@ impl Predecessor {
         }
         takeover::step("learned");
         let since = Instant::now();
-        self.channel.send(&Message::Freeze, &[], &[]).await?;
+        match self.channel.send(&Message::Freeze, &[], &[]).await {
+            Err(error) if error.is_end() && self.has_ended(config).await => return Ok(None),
+            sent => sent?,
+        }
         takeover::step("freeze sent");
         let (mut listeners, mut rules) = (Vec::new(), None);
         let mut taken = Taken {
@@ -246,7 +261,18 @@ impl Predecessor {
         let mut settings = Some(settings);
         let mut proxy = None::<Proxy>;
         loop {
-            let received = taken.receive().await?;
+            let received = match taken.receive().await {
+                // It was stopping, and has ended before it handed anything over.
+                Err(error)
+                    if listeners.is_empty()
+                        && proxy.is_none()
+                        && error.is_end()
+                        && taken.predecessor.has_ended(config).await =>
+                {
+                    return Ok(None);
+                }
+                received => received?,
+            };
             // Handles come first: whatever comes then, or if nothing does, the data path is made of them.
             if !matches!(received, Some((Message::Handle(_), ..)))
                 && let Some(settings) = settings.take()
@@ -310,7 +336,7 @@ impl Predecessor {
 
 impl Taken {
     /// The next message; `None` if the other process has died.
-    async fn receive(&mut self) -> Result<Option<takeover::Received>> {
+    async fn receive(&mut self) -> Result<Option<takeover::Received>, ChannelError> {
         let Self { predecessor: Predecessor { channel, life, .. }, died, .. } = self;
         let received = timeout(STANDSTILL, channel.receive());
         match received.await.map_err(|_| ChannelError::Silent)? {
@@ -319,8 +345,8 @@ impl Taken {
                 *died = true;
                 Ok(None)
             }
-            Ok(None) => Err(ChannelError::Closed.into()),
-            Err(error) => Err(error.into()),
+            Ok(None) => Err(ChannelError::Closed),
+            Err(error) => Err(error),
         }
     }
 
@@ -453,8 +479,14 @@ impl App {
         }
     }
 
-    /// Hands everything over to another process. Whether that serves now: else this one does.
-    pub async fn hand_over(&mut self, (mut channel, hello): Asker) -> Result<bool> {
+    /// Hands everything over to another process. Whether that serves now: else this one does, which gives up after [`STANDSTILL`], at `end`
+    /// and when `hurry` completes.
+    pub async fn hand_over(
+        &mut self,
+        (mut channel, hello): Asker,
+        end: Option<Instant>,
+        hurry: impl Future<Output = ()>,
+    ) -> Result<bool> {
         // Also what the kernel path has counted since it was asked last.
         self.proxy.figures().refresh().await;
         if let Some(keeper) = &self.keeper {
@@ -462,24 +494,46 @@ impl App {
         }
         let since = Instant::now();
         let capture = match self.capture.take() {
-            Some(capture) => Some(capture.suspend().await.context("the capture task")?),
+            Some(capture) => match capture.suspend().await {
+                Ok(capture) => Some(capture),
+                // Nobody keeps the rules any more. This process ends.
+                Err(error) => {
+                    capture::cleanup().await;
+                    self.keeper.iter().for_each(Keeper::reclaim);
+                    return Err(error).context("the capture task");
+                }
+            },
             None => None,
         };
-        let offered = timeout(STANDSTILL, self.offer(&mut channel, &hello, capture.as_ref())).await;
+        let end = end.into_iter().fold(since + STANDSTILL, Instant::min);
+        let over = pin!(async {
+            tokio::select! {
+                () = sleep_until(end) => {}
+                () = hurry => {}
+            }
+        });
+        let over = over.shared();
+        let offered = tokio::select! {
+            offered = self.offer(&mut channel, &hello, capture.as_ref()) => Some(offered),
+            () = over.clone() => None,
+        };
         let (handed_over, error) = match offered {
-            Ok(Ok(handed_over)) => {
-                let rest = STANDSTILL.saturating_sub(since.elapsed());
-                let error = match timeout(rest, channel.receive()).await {
-                    Ok(Ok(Some((Message::Commit, ..)))) => None,
-                    Ok(Ok(Some(_))) => Some(ChannelError::Unexpected("something").into()),
-                    Ok(Ok(None)) => Some(ChannelError::Closed.into()),
-                    Ok(Err(error)) => Some(error.into()),
-                    Err(_) => Some(ChannelError::Silent.into()),
+            Some(Ok(handed_over)) => {
+                let received = tokio::select! {
+                    received = channel.receive() => Some(received),
+                    () = over => None,
+                };
+                let error = match received {
+                    Some(Ok(Some((Message::Commit, ..)))) => None,
+                    Some(Ok(Some(_))) => Some(ChannelError::Unexpected("something").into()),
+                    Some(Ok(None)) => Some(ChannelError::Closed.into()),
+                    Some(Err(error)) => Some(error.into()),
+                    None => Some(ChannelError::Silent.into()),
                 };
                 (Some(handed_over), error)
             }
-            Ok(Err(error)) => (None, Some(error)),
-            Err(_) => (None, Some(ChannelError::Silent.into())),
+            Some(Err(error)) => (None, Some(error)),
+            None => (None, Some(ChannelError::Silent.into())),
         };
         let has_committed = error.is_none() || channel.end().await;
         match handed_over.filter(|_| has_committed) {

@@ -37,6 +37,18 @@ pub enum ChannelError {
     Unexpected(&'static str),
 }
 
+impl ChannelError {
+    /// Whether the other process has closed the connection, or has ended.
+    pub fn is_end(&self) -> bool {
+        use io::ErrorKind::{BrokenPipe, ConnectionReset};
+        match self {
+            Self::Closed => true,
+            Self::Io(error) => matches!(error.kind(), BrokenPipe | ConnectionReset),
+            _ => false,
+        }
+    }
+}
+
 /// A connection to the other process.
 #[derive(Debug)]
 pub struct Channel {

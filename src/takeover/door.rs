@@ -20,6 +20,7 @@ use tokio::{
     task::JoinSet,
     time::{sleep, timeout},
 };
+use tracing::warn;
 
 use super::{
     channel::{Channel, ChannelError},
@@ -98,7 +99,7 @@ impl Door {
         let Ok(life) = self.alive.0.0.try_clone() else { return };
         self.learners.spawn(async move {
             if !is_trusted(&channel) {
-                tracing::warn!(
+                warn!(
                     user = channel.peer_user().ok(),
                     "takeover refused: only root and the user of embassy may ask for one"
                 );
@@ -174,22 +175,25 @@ pub async fn is_answered(path: &Path) -> bool {
     UnixStream::connect(path).await.is_ok()
 }
 
-/// Greets the running embassy. `None`: there is none that can be taken over.
+/// Greets the running embassy. `None`: none is found. Where the socket cannot be reached, that is logged: if one runs nevertheless, this
+/// process cannot have its port and its rules, and ends with an error.
 pub async fn knock(
     path: &Path,
     hello: Hello,
 ) -> Result<Option<(Channel, Hello, Life)>, ChannelError> {
     let stream = match UnixStream::connect(path).await {
         Ok(stream) => stream,
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-            ) =>
-        {
-            return Ok(None);
+        Err(error) => {
+            return match error.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Ok(None),
+                // Somebody listens there, and has many that ask.
+                io::ErrorKind::WouldBlock => Err(error.into()),
+                _ => {
+                    warn!(path = %path.display(), %error, "cannot look for a running embassy; starting without a takeover");
+                    Ok(None)
+                }
+            };
         }
-        Err(error) => return Err(error.into()),
     };
     let mut channel = Channel::new(stream);
     if !is_trusted(&channel) {
@@ -251,5 +255,33 @@ mod tests {
         assert!(is_answered(&path).await);
         let _alive = door.close();
         assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn where_no_socket_can_be_reached_nobody_is_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let long = folder.path().join("x".repeat(200));
+        let file = folder.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        // Longer than an address may be; below a file; below one of many links to itself.
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(&link, &link).unwrap();
+        for path in [long, file.join("takeover"), link.join("takeover")] {
+            assert!(UnixStream::connect(&path).await.is_err());
+            assert!(knock(&path, Hello::default()).await.unwrap().is_none(), "{path:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn one_that_closes_its_door_is_told_apart_from_one_that_refuses() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("takeover");
+        let door = Door::open(&path, Hello::default()).unwrap();
+        let (found, ()) = tokio::join!(knock(&path, Hello::default()), async {
+            sleep(Duration::from_millis(50)).await;
+            drop(door.close());
+        });
+        assert!(found.unwrap_err().is_end());
+        assert!(!ChannelError::Silent.is_end());
     }
 }

@@ -17,24 +17,47 @@ use super::message::Hello;
 const MOST: usize = 16;
 /// Bytes of the file that are read, at most.
 const LONGEST: u64 = 256 << 10;
+/// The option of an overlay with its own folder.
+const UPPER: &str = "upperdir=";
 
-/// A name of the root file system of this process. Empty: it is not known.
+/// A name of the root file system of this process. Empty: it is not known, and is equal to no other.
 pub fn root() -> String {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    root_in(&mounts).unwrap_or_default()
+    name_in(&mounts_of("self")).unwrap_or_default()
+}
+
+/// Whether process 1, as this process sees it, has another root file system. `None`: that is not known.
+pub fn is_apart_from_init() -> Option<bool> {
+    Some(root_in(&mounts_of("self"))? != root_in(&mounts_of("1"))?)
+}
+
+fn mounts_of(process: &str) -> String {
+    fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap_or_default()
+}
+
+/// The root's name; if not every container has its own, then with its engine's folder, which has the container's ID.
+fn name_in(mounts: &str) -> Option<String> {
+    let root = root_in(mounts)?;
+    let of_engine = || {
+        let folder = |of| mounted_at(of, mounts)?.split(' ').nth(3);
+        folder("/etc/hostname").or_else(|| folder("/etc/resolv.conf"))
+    };
+    let engine = if root.starts_with(UPPER) { None } else { of_engine() };
+    Some(engine.map_or_else(|| root.clone(), |engine| format!("{root} {engine}")))
+}
+
+/// The line of a mount. What was mounted last covers the others.
+fn mounted_at<'a>(at: &str, mounts: &'a str) -> Option<&'a str> {
+    mounts.lines().rfind(|line| line.split(' ').nth(4) == Some(at))
 }
 
 /// By the text of `/proc/self/mountinfo` (man 5 proc_pid_mountinfo).
 fn root_in(mounts: &str) -> Option<String> {
-    // What was mounted last covers the others.
-    let is_root = |line: &&str| line.split(' ').nth(4) == Some("/");
-    let line = mounts.lines().rfind(is_root)?;
-    let (mount, system) = line.split_once(" - ")?;
+    let (mount, system) = mounted_at("/", mounts)?.split_once(" - ")?;
     let folder = mount.split(' ').nth(3)?;
     let mut system = system.split(' ');
     let (kind, source, options) = (system.next()?, system.next()?, system.next()?);
-    // An overlay has its folder for what is written; other drivers have a folder or a device for each container.
-    let upper = options.split(',').find(|option| option.starts_with("upperdir="));
+    // An overlay has its folder for what is written; most other drivers have a folder or a device for each container.
+    let upper = options.split(',').find(|option| option.starts_with(UPPER));
     Some(upper.map_or_else(|| format!("{kind} {source} {folder}"), str::to_owned))
 }
 
@@ -89,6 +112,23 @@ mod tests {
             assert_eq!(root_in(strange), None, "{strange:?}");
         }
         assert!(!root().is_empty());
+        assert_eq!(name_in(docker), root_in(docker));
+        assert_eq!(name_in(vfs), root_in(vfs));
+    }
+
+    #[test]
+    fn where_all_have_the_same_root_the_engine_tells_them_apart() {
+        let fuse = "9 8 0:52 / / rw - fuse.fuse-overlayfs fuse-overlayfs rw,user_id=0\n";
+        let mount =
+            |at: &str, folder: &str| format!("{fuse}10 9 0:23 {folder} {at} rw - tmpfs tmpfs rw\n");
+        let name = "fuse.fuse-overlayfs fuse-overlayfs /";
+        assert_eq!(name_in(fuse).unwrap(), name);
+        for at in ["/etc/hostname", "/etc/resolv.conf"] {
+            let (one, other) = (mount(at, "/containers/a/x"), mount(at, "/containers/b/x"));
+            assert_eq!(name_in(&one).unwrap(), format!("{name} /containers/a/x"));
+            assert_ne!(name_in(&one), name_in(&other));
+            assert_eq!(root_in(&one), root_in(&other));
+        }
     }
 
     #[test]

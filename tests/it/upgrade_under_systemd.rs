@@ -187,9 +187,12 @@ fn a_reload_of_the_unit_is_an_upgrade_that_ends_no_connection() -> Result<()> {
     let mut main = first;
     for n in 1..=2 {
         systemd.systemctl(&["reload", "embassy"])?;
-        // systemd knows the new one before it says that the reload is over.
-        let now = systemd.property("MainPID")?;
-        ensure!(now != main && now != "0", "{now}, and before {main}");
+        // On a slow machine systemd says that the reload is over before embassy has said that it reloads.
+        let now = testbed::eventually(WAIT, "the new main process", || {
+            let now = systemd.property("MainPID")?;
+            ensure!(now != main && now != "0", "{now}, and before {main}");
+            Ok(now)
+        })?;
         let metrics = host.http("GET", "http://127.0.0.1:9990/metrics", "")?.ok()?;
         ensure!(metrics.contains(&format!("\nembassy_takeovers_total {n}\n")));
         let variables = systemd.run("cat", &[&format!("/proc/{now}/environ")])?;
