@@ -40,6 +40,8 @@ enum Fault {
     NoResolver,
     /// The servers that look up names do not answer.
     SilentResolver,
+    /// They answer that they cannot or will not look it up.
+    FailedResolver,
     Refused,
     Unreachable,
     /// The certificate is not signed by a trusted CA.
@@ -88,6 +90,7 @@ const WORDS: &[(Fault, &[&str])] = &[
     (Fault::NotToml, &["toml parse error"]),
     (Fault::EmptyToken, &["has a character that tokens cannot have"]),
     (Fault::NoResolver, &["/etc/resolv.conf"]),
+    (Fault::FailedResolver, &["dns servers of this host answered with an error"]),
     (
         Fault::SilentResolver,
         &["no answer from the dns servers", "with the dns servers of this host"],
@@ -352,6 +355,10 @@ fn fix(kind: SourceKind, fault: Fault) -> &'static str {
 
         (Fault::SilentResolver, _) => {
             "start the DNS servers that the error names, let UDP and TCP to their port 53 pass the firewalls, or correct /etc/resolv.conf where embassy runs; or give the server's address instead of its name"
+        }
+
+        (Fault::FailedResolver, _) => {
+            "try it where embassy runs: dig @<server> <name> has to answer; see the log of the DNS servers that the error names, and whether they may be asked from here, or correct /etc/resolv.conf; or give the server's address instead of its name"
         }
 
         (Fault::Refused, Consul) => {
@@ -633,6 +640,11 @@ mod tests {
                 "consul",
                 "GET http://c:80/v1: the answer has no X-Consul-Index: is this Consul?",
                 "something other than Consul",
+            ),
+            (
+                "consul",
+                "GET http://c:8500/v1: error sending request: client error (Connect): dns error: cannot resolve \"c\": the DNS servers of this host answered with an error (10.0.0.1): DNS error: error response: Server Failure",
+                "dig",
             ),
             ("consul", "GET http://c:8500/v1: no complete answer within 10 s", "firewalls"),
             ("consul", "token file /t: No such file or directory (os error 2)", "?token-file="),

@@ -24,8 +24,11 @@ use reqwest::dns::{Addrs, Resolve, Resolving};
 use tokio::time::timeout;
 use tower_service::Service;
 
-/// How long one DNS server has for an answer, twice.
+/// How long the DNS servers have for an answer to one question, which is asked twice. Both together are less than `ALL`: a server that
+/// does not answer questions for AAAA delays the answer for A, and does not hide it.
 const ANSWER: Duration = Duration::from_secs(1);
+/// How often a question is asked again.
+const AGAIN: usize = 1;
 
 /// How long all of them have together, whatever their number and that of the search domains. It is less than clients of registries and
 /// engines wait for a connection (3 s), names included: else a silent DNS server would look like a silent registry.
@@ -62,6 +65,9 @@ async fn addresses_by(host: &str, configured: Configured) -> io::Result<Vec<IpAd
             NetError::Timeout => format!(
                 "cannot resolve {host:?}: no answer from the DNS servers of this host ({servers})"
             ),
+            NetError::Dns(error) => format!(
+                "cannot resolve {host:?}: the DNS servers of this host answered with an error ({servers}): {error}"
+            ),
             error => format!(
                 "cannot resolve {host:?} with the DNS servers of this host ({servers}): {error}"
             ),
@@ -69,6 +75,7 @@ async fn addresses_by(host: &str, configured: Configured) -> io::Result<Vec<IpAd
     };
     options.ip_strategy = LookupIpStrategy::Ipv4AndIpv6;
     options.timeout = ANSWER;
+    options.attempts = AGAIN;
     let mut builder = TokioResolver::builder_with_config(config, Default::default());
     *builder.options_mut() = options;
     let resolver = builder.build().map_err(fail)?;
@@ -184,6 +191,61 @@ mod tests {
         assert_eq!(error, expected);
         let fix = crate::remedy::of("consul", &format!("error sending request: {error}"));
         assert!(fix.contains("DNS servers that the error names"), "{fix}");
+    }
+
+    /// Asks for `consul` at a DNS server that makes its answer of the question's header and of its type, or gives none.
+    async fn asked_of(
+        answer: impl Fn(&[u8], u16) -> Option<Vec<u8>> + Send + 'static,
+    ) -> io::Result<Vec<IpAddr>> {
+        let socket = tokio::net::UdpSocket::bind("127.0.0.1:0").await?;
+        let mut server = NameServerConfig::udp(socket.local_addr()?.ip());
+        server.connections[0].port = socket.local_addr()?.port();
+        let answers = tokio::spawn(async move {
+            let mut buffer = [0; 512];
+            while let Ok((length, from)) = socket.recv_from(&mut buffer).await {
+                let question = &buffer[..length];
+                // The name ends with a zero, its type follows.
+                let end = 12 + question[12..].iter().position(|byte| *byte == 0).unwrap();
+                let kind = u16::from_be_bytes([question[end + 1], question[end + 2]]);
+                // Without the additional records.
+                if let Some(answer) = answer(&question[..end + 5], kind) {
+                    socket.send_to(&answer, from).await.unwrap();
+                }
+            }
+        });
+        let config = ResolverConfig::from_parts(None, vec![], vec![server]);
+        let found = addresses_by("consul.test.", Ok((config, ResolverOpts::default()))).await;
+        answers.abort();
+        found
+    }
+
+    /// The header and question of an answer, with this result and this number of records.
+    fn head(question: &[u8], code: u8, records: u8) -> Vec<u8> {
+        let mut answer = question.to_vec();
+        answer[2..12].copy_from_slice(&[0x81, 0x80 | code, 0, 1, 0, records, 0, 0, 0, 0]);
+        answer
+    }
+
+    #[tokio::test]
+    async fn an_address_of_ipv4_is_used_if_the_dns_server_does_not_answer_for_ipv6() {
+        const A: u16 = 1;
+        let found = asked_of(|question, kind| {
+            let record = [0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 192, 0, 2, 7];
+            (kind == A).then(|| [head(question, 0, 1), record.to_vec()].concat())
+        });
+        assert_eq!(found.await.unwrap(), [IpAddr::from([192, 0, 2, 7])]);
+    }
+
+    #[tokio::test]
+    async fn dns_servers_that_answer_with_an_error_are_told_from_silent_ones() {
+        for (code, words) in [(2, "Server Failure"), (5, "Query Refused")] {
+            let error = asked_of(move |question, _| Some(head(question, code, 0))).await;
+            let error = error.unwrap_err().to_string();
+            assert!(error.contains("answered with an error (127.0.0.1)"), "{error}");
+            assert!(error.contains(words), "{error}");
+            let fix = crate::remedy::of("consul", &format!("error sending request: {error}"));
+            assert!(fix.contains("dig"), "{fix}");
+        }
     }
 
     #[tokio::test]

@@ -55,7 +55,7 @@ pub(crate) fn odd(text: &str) -> Option<String> {
 /// Why a text with a fix does not help the reader: it does not begin with an action, or names nothing. For tests.
 #[cfg(test)]
 pub(crate) fn vague(fix: &str) -> Option<String> {
-    let verbs = "add allow ask close connect continue correct create declare deregister do end except find give install leave let list lower make mount \
+    let verbs = "add allow ask close connect continue correct create declare deregister do end except exclude find give install leave let list lower make mount \
         move name open put raise register remove renew report restart restore run say see set split start stop take try unset use wait write";
     let starts = ["if ", "in a container, ", "this port speaks "];
     let first = fix.split([' ', ',', ';', ':']).next().unwrap_or_default();

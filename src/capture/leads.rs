@@ -522,6 +522,14 @@ mod tests {
                 all,
             ),
             ("tcp dport 80 redirect to :9999 comment \"my dnat to it\"", "80c"),
+            // Conditions that are not read, into the register of one that is.
+            ("tcp dport 80 fib daddr type local redirect to :9999", "80c"),
+            ("meta l4proto tcp fib daddr type local redirect to :9999", all),
+            ("tcp dport 80 ct mark 5 redirect to :9999", "80c"),
+            ("tcp dport 80 ct direction original redirect to :9999", "80c"),
+            ("ct direction original tcp dport 80 redirect to :9999", "80c"),
+            ("tcp dport . ct mark { 80 . 5 } redirect to :9999", all),
+            ("tcp dport 80 numgen random mod 2 0 redirect to :9999", "80c"),
         ] {
             assert_eq!(taken(&of_nft("prerouting", rule)), [expected], "{rule}");
         }

@@ -55,11 +55,16 @@ impl OwnRules {
         }
     }
 
-    /// The TPROXY rule that takes such connections, if it asks for nothing else: it comes before all that translates.
+    /// The TPROXY rule that takes such connections, if it asks for nothing else, also not for a destination: it comes before all that
+    /// translates. Of one in a chain that another chain leads to, it is not known which connections it sees.
     pub fn transparent_lead_of(&self, port: u16, hook: Hook) -> Option<&Lead> {
         match self {
             Self::Read { transparent, .. } => {
-                transparent.iter().find(|lead| lead.may_take(port, hook) && !lead.more)
+                let takes_all = |lead: &&Lead| {
+                    let is_for_all = !lead.more && lead.destination.is_none();
+                    is_for_all && lead.hook == Some(hook) && lead.may_take(port, hook)
+                };
+                transparent.iter().find(takes_all)
             }
             Self::Unread | Self::Unreadable(_) => None,
         }
@@ -165,12 +170,16 @@ fn own_time() -> Duration {
     Duration::new(time.tv_sec.try_into().unwrap_or(0), time.tv_nsec.try_into().unwrap_or(0))
 }
 
-/// Pause before they are read again. No program is started, but for the older iptables.
+/// Maximum pause before they are read again without a program.
+const LONGEST: Duration = Duration::from_secs(10);
+
+/// Pause before they are read again. No program is started, except for the older iptables.
 fn pause_after(took: Duration) -> Duration {
     match input::has_legacy_iptables() {
         true => rest(took),
-        // However large others' rules are, and however often they change, it costs one hundredth of a processor at most.
-        false => took.saturating_mul(100),
+        // However often others' rules change, it costs one hundredth of a processor at most, unless they are so many that the
+        // pause would be too long to be understood.
+        false => took.saturating_mul(100).min(LONGEST),
     }
 }
 
@@ -306,7 +315,9 @@ mod tests {
             OwnRules::among(all.concat(), 9999)
         };
         assert_eq!(passes(&with_tproxy("")), [true; 3]);
-        assert_eq!(passes(&with_tproxy("-i eth0 ")), [false, true, true]);
+        for more in ["-i eth0 ", "-d 192.0.2.7/32 "] {
+            assert_eq!(passes(&with_tproxy(more)), [false, true, true], "{more}");
+        }
         assert!(!with_tproxy("").lead_nowhere());
         // What is not known is no reason.
         for unknown in [OwnRules::Unread, OwnRules::Unreadable("no".into())] {

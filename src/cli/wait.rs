@@ -1,8 +1,8 @@
 //! `embassy wait`: waits until a service can be used, for health checks and start order.
 
 use std::{
-    cell::Cell,
-    collections::BTreeSet,
+    cell::{Cell, OnceCell},
+    collections::{BTreeSet, HashSet},
     io,
     time::{Duration, Instant},
 };
@@ -23,15 +23,18 @@ use crate::{
     counts::numbered,
     listening::PortHolder,
     model::{Endpoint, Protocol},
+    path::Path,
     proxy::probe,
 };
 
 /// Wait until these services can be used; exit 1 on timeout
 ///
 /// A service is ready when it has a route whose connections arrive, and an endpoint of it accepts a connection now: this command opens one
-/// and ends it before the application sees it. If embassy runs in another network namespace, the endpoints are not tried, and an endpoint that is not known to
-/// fail counts. With rules of your own, one of them has to take the connections, if embassy can read them. What is not known is printed, and does not keep a service from
-/// being ready.
+/// and ends it before the application sees it. If several bindings ask for the service in different ways (tags, datacentre, port, discovery), one of them has to be ready;
+/// those for TCP are tried, if there are any. The endpoints of bindings for UDP are not tried: an endpoint that is not known to fail counts. The same applies if embassy runs
+/// in another network namespace. On the kernel path, containers connect to the endpoints themselves: that an endpoint does not accept a connection
+/// from here does not count. With rules of your own, one of them has to take the connections, if embassy can read them. What is not known is printed, and does not keep a service
+/// from being ready.
 #[derive(Debug, clap::Args)]
 pub(super) struct Wait {
     #[command(flatten)]
@@ -97,6 +100,7 @@ impl Found {
 impl Wait {
     pub(super) async fn run(self) -> Result<Answer> {
         let client = self.asked.client()?;
+        let is_here = OnceCell::new();
         let start = Instant::now();
         let mut last: Option<String> = None;
         let (reason, unknown) = loop {
@@ -105,7 +109,7 @@ impl Wait {
             let left = if self.timeout.is_zero() { PATIENCE + PROBE } else { left };
             // The service whose endpoints are tried: embassy has answered then.
             let tried = Cell::new(None);
-            let (reason, probed) = match timeout(left, self.look(&client, &tried)).await {
+            let (reason, probed) = match timeout(left, self.look(&client, &tried, &is_here)).await {
                 Ok(Ok(Found::Ready { unknown })) => break (None, unknown),
                 Ok(Ok(Found::NotReady { reason, probed })) => (reason, probed),
                 // It may start later.
@@ -149,7 +153,13 @@ impl Wait {
         Ok(Answer::new(text, ready))
     }
 
-    async fn look<'a>(&'a self, client: &Client, tried: &Cell<Option<&'a str>>) -> Result<Found> {
+    /// Looks once. `is_here`: whether embassy runs in the network namespace of this command, once it is known. Finding that out reads all of /proc.
+    async fn look<'a>(
+        &'a self,
+        client: &Client,
+        tried: &Cell<Option<&'a str>>,
+        is_here: &OnceCell<bool>,
+    ) -> Result<Found> {
         let status: api::Status = client.get("/v1/status", &[]).await?;
         // Problems of the process affect all connections. Those of the capture make the routes that need it broken.
         let everybodys = status.findings.iter().find(|finding| {
@@ -160,7 +170,9 @@ impl Wait {
         }
         let captures = status.findings.iter().filter(|finding| finding.cause == "nothing_captured");
         let mut unknown: Vec<_> = captures.map(|finding| printable(&finding.text)).collect();
-        let probes = !self.no_probe && client.listener() != PortHolder::Nobody;
+        // It has answered, so it listens somewhere.
+        let is_here = || *is_here.get_or_init(|| client.listener() != PortHolder::Nobody);
+        let probes = !self.no_probe && is_here();
         if !self.no_probe && !probes {
             let at = client.at();
             unknown.push(format!(
@@ -174,16 +186,21 @@ impl Wait {
             let mut routes: Vec<api::Route> = client.all("/v1/routes", &query).await?;
             let tags_of = |route: &api::Route| route.query.tags.iter().cloned().collect();
             routes.retain(|route| tags.as_ref().is_none_or(|tags| *tags == tags_of(route)));
-            let works = routes.iter().find(|route| route.verdict != Verdict::Broken);
-            let Some(works) = works else {
+            let works = candidates(&routes);
+            if works.is_empty() {
                 return Ok(Found::not_yet(match routes.first() {
                     None => self.no_route(client, service).await?,
                     Some(route) => why(client, route).await?,
                 }));
-            };
-            tried.set(probes.then_some(service.as_str()));
-            if probes && let Err(reason) = accepts(client, works).await? {
-                return Ok(Found::NotReady { reason, probed: true });
+            }
+            if !probes {
+                continue;
+            }
+            tried.set(Some(service.as_str()));
+            match any_accepts(client, &works).await? {
+                Accepts::Yes => {}
+                Accepts::Unknown(what) => unknown.push(what),
+                Accepts::No(reason) => return Ok(Found::NotReady { reason, probed: true }),
             }
             tried.set(None);
         }
@@ -209,12 +226,62 @@ impl Wait {
     }
 }
 
-/// Whether an endpoint of a route accepts a connection now, or else why none does.
-async fn accepts(client: &Client, route: &api::Route) -> Result<Result<(), String>> {
-    // A datagram that nobody asked for has no answer.
-    if route.protocol == Protocol::Udp {
-        return Ok(Ok(()));
+/// One route that works for each distinct query: those of TCP, or if there are none, one of UDP. Routes with the same query have the same
+/// endpoints. One of the proxy path comes first: its endpoints are connected to from here.
+fn candidates(routes: &[api::Route]) -> Vec<&api::Route> {
+    let works = || routes.iter().filter(|route| route.verdict != Verdict::Broken);
+    let mut found: Vec<_> = works().filter(|route| route.protocol == Protocol::Tcp).collect();
+    found.sort_by_key(|route| route.path != Path::Proxy);
+    let mut seen = HashSet::new();
+    found.retain(|route| seen.insert(&route.query.name));
+    if found.is_empty() {
+        found.extend(works().next());
     }
+    found
+}
+
+/// Whether an endpoint accepts a connection now.
+enum Accepts {
+    Yes,
+    No(String),
+    /// What could not be found out.
+    Unknown(String),
+}
+
+/// Whether an endpoint of one of these routes accepts a connection now.
+async fn any_accepts(client: &Client, routes: &[&api::Route]) -> Result<Accepts> {
+    let (mut refused, mut unknown) = (None, None);
+    for route in routes {
+        let name = &route.query.name;
+        // A datagram that nobody asked for has no answer.
+        if route.protocol == Protocol::Udp {
+            unknown = Some(printable(&format!(
+                "whether the endpoints of {name} answer: those of UDP are not tried"
+            )));
+            continue;
+        }
+        match accepts(client, route).await? {
+            Ok(()) => return Ok(Accepts::Yes),
+            // The container itself connects to them, from its own network.
+            Err(reason) if route.path == Path::Kernel => {
+                unknown.get_or_insert(format!(
+                    "whether the endpoints accept connections from the containers' networks, as they do on the kernel path; from here: {reason}"
+                ));
+            }
+            Err(reason) => {
+                refused.get_or_insert(reason);
+            }
+        }
+    }
+    Ok(match (unknown, refused) {
+        (Some(what), _) => Accepts::Unknown(what),
+        (None, Some(reason)) => Accepts::No(reason),
+        (None, None) => Accepts::Yes,
+    })
+}
+
+/// Whether an endpoint of a TCP route accepts a connection now, or else why none does.
+async fn accepts(client: &Client, route: &api::Route) -> Result<Result<(), String>> {
     let explain = explained(client, route).await?;
     let of_route = explain.services.iter().filter(|service| service.query == route.query);
     let endpoints = of_route.flat_map(|service| &service.endpoints);
@@ -311,8 +378,46 @@ fn is_asked(wanted: &str, service: &str) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    pub(in crate::cli) fn route(query: &str, protocol: Protocol, path: Path) -> api::Route {
+        let route = serde_json::json!({
+            "consumer": "app", "consumer_id": "0123", "address": "172.17.0.2", "port": 80,
+            "protocol": protocol, "origin": "BACKEND_80",
+            "query": {"name": query, "discovery": "consul", "service": query, "tags": []},
+            "balance": "rr", "path": path, "path_reason": "not_asked", "state": "ok",
+            "verdict": "ok", "endpoints": 1, "usable": 1, "ejected": 0, "probing": 0, "drained": 0,
+            "active": 0, "started": 0, "ended": {}, "errors": 0, "bytes_up": 0, "bytes_down": 0,
+            "datagrams_up": 0, "datagrams_down": 0,
+            "connect": {"count": 0, "sum_seconds": 0.0}, "retries": 0,
+        });
+        serde_json::from_value(route).unwrap()
+    }
+
+    #[test]
+    fn one_route_of_each_query_is_tried_and_one_of_udp_only_if_there_is_no_other() {
+        let all = |routes: &[api::Route]| {
+            let of = |route: &&api::Route| {
+                format!("{} {} {}", route.query.name, route.protocol, route.path)
+            };
+            candidates(routes).iter().map(of).collect::<Vec<_>>()
+        };
+        let [udp, kernel, proxy, other] = [
+            route("web", Protocol::Udp, Path::Kernel),
+            route("web", Protocol::Tcp, Path::Kernel),
+            route("web", Protocol::Tcp, Path::Proxy),
+            route("web[b]", Protocol::Tcp, Path::Kernel),
+        ];
+        let dead = api::Route { verdict: Verdict::Broken, ..other.clone() };
+        assert_eq!(
+            all(&[udp.clone(), kernel.clone(), other, proxy]),
+            ["web tcp proxy", "web[b] tcp kernel"]
+        );
+        assert_eq!(all(&[udp.clone(), kernel]), ["web tcp kernel"]);
+        assert_eq!(all(&[dead.clone(), udp.clone(), udp]), ["web udp kernel"]);
+        assert!(all(&[dead]).is_empty());
+    }
 
     #[test]
     fn a_service_may_be_waited_for_with_its_tags() {

@@ -40,6 +40,9 @@ pub(super) struct Containers {
     claims: HashMap<IpAddr, BTreeSet<ContainerId>>,
     /// Containers that ended by an event and whose inspection is not finished: the event may be about an earlier run.
     doubtful: HashMap<ContainerId, Arc<Container>>,
+    /// Containers that share the network of one that was to be inspected when they became known, and that one. They are not published
+    /// before its inspection ends. One that is published is not withdrawn because its owner is inspected (again).
+    awaiting: HashMap<ContainerId, ContainerId>,
     inspections: Inspections,
     /// Containers of the last list that were not inspected since.
     listed: HashSet<ContainerId>,
@@ -107,6 +110,10 @@ impl Containers {
         for notice in meanwhile {
             self.hear(notice);
         }
+        // Those whose owner was to be inspected in the session before, and that the list does not have.
+        let inspections = &self.inspections;
+        self.changed |=
+            self.awaiting.extract_if(|_, owner| !inspections.is_to_come(owner)).count() > 0;
     }
 
     pub(super) fn networks(&mut self, bridges: Bridges, others: OtherNetworks) {
@@ -177,6 +184,7 @@ impl Containers {
             // The inspection will find nothing, unless the stream replayed the end of an earlier run.
             Notice::Ended(id) => {
                 if let Some(container) = self.remove(&id) {
+                    self.await_owner(&id);
                     // If this run continues, an earlier signal was for the previous run.
                     let unasked = Container { is_stopping: false, ..Container::clone(&container) };
                     self.doubtful.insert(id.clone(), unasked.into());
@@ -291,6 +299,15 @@ impl Containers {
                     }
                 }
                 self.is_newer(&id);
+                self.no_longer_awaited(&id);
+                if !self.running.contains_key(&id)
+                    && let Network::Of(owner) = &container.network
+                {
+                    let owner = ContainerId::new(owner);
+                    if !self.running.contains_key(&owner) && self.inspections.is_to_come(&owner) {
+                        self.awaiting.insert(id.clone(), owner);
+                    }
+                }
                 self.put(*container);
                 self.running.get(&id).filter(|_| is_new)
             }
@@ -414,8 +431,9 @@ impl Containers {
     }
 
     pub(super) fn inventory(&self) -> Inventory {
+        let published = self.running.values().filter(|one| !self.awaiting.contains_key(&one.id));
         Inventory {
-            containers: self.running.values().filter(|one| !self.awaits(one)).cloned().collect(),
+            containers: published.cloned().collect(),
             bridges: self.bridges.clone(),
             others: self.others.clone(),
             here: self.here.clone(),
@@ -426,19 +444,18 @@ impl Containers {
         }
     }
 
-    /// Whether a container shares the network of one that is still to be inspected. It is not known yet then, as if it were to be
-    /// inspected itself: those of a pod start together, and their inspections come back in any order.
-    fn awaits(&self, container: &Container) -> bool {
-        let Network::Of(target) = &container.network else { return false };
-        let target = ContainerId::new(target);
-        !self.running.contains_key(&target) && self.inspections.is_to_come(&target)
+    /// The end of this container's run was reported, and its inspection will show whether that was an earlier run. Those that share its
+    /// network have no addresses until then. That the owner does not run is not known yet.
+    fn await_owner(&mut self, owner: &ContainerId) {
+        let shares = |one: &&Arc<Container>| matches!(&one.network, Network::Of(of) if *of == owner.as_str());
+        let members = self.running.values().filter(shares);
+        self.awaiting.extend(members.map(|one| (one.id.clone(), owner.clone())));
     }
 
-    /// No inspection of a container is to come, and none has found it.
+    /// The inspection of a container has ended, or there will be none. Those that share its network are published now: they start
+    /// together, and their inspections end in any order.
     fn no_longer_awaited(&mut self, id: &ContainerId) {
-        let shares =
-            |one: &Arc<Container>| matches!(&one.network, Network::Of(of) if *of == id.as_str());
-        self.changed |= self.running.values().any(shares);
+        self.changed |= self.awaiting.extract_if(|_, owner| owner == id).count() > 0;
     }
 
     /// Whether all containers of the last list have been inspected, so that no older knowledge is left.
@@ -521,6 +538,7 @@ impl Containers {
     fn remove(&mut self, id: &ContainerId) -> Option<Arc<Container>> {
         self.drop_claims(id);
         let container = self.running.remove(id)?;
+        self.awaiting.remove(id);
         container.left.mark_ended();
         self.changed = true;
         Some(container)
@@ -654,6 +672,42 @@ mod tests {
         }
         let (mut containers, _) = started();
         containers.hear(Notice::Destroyed(id("infra")));
+        assert!(containers.take_change());
+        assert_eq!(known(&containers), [at("member", &[])]);
+    }
+
+    #[test]
+    fn a_member_that_is_published_is_not_withdrawn_when_its_owner_is_to_be_inspected() {
+        let infra = container("infra", bridge("172.17.0.2"));
+        let member = container("member", Network::Of("infra".into()));
+        let mut containers = with(&[infra.clone(), member.clone()]);
+        containers.hear(Notice::Ended(id("infra")));
+        let ticket = next(&mut containers, "infra");
+        assert_eq!(known(&containers), [], "whether the owner goes on is not known");
+        containers.take_change();
+        containers.inspected(ticket, InspectionResult::NotRunning);
+        assert!(containers.take_change());
+        assert_eq!(known(&containers), [at("member", &[])]);
+        // A list that the engine read before, and an event.
+        containers.relist(listed(&["infra", "member"]));
+        assert_eq!(known(&containers), [at("member", &[])]);
+        containers.hear(Notice::Changed(id("infra")));
+        let ticket = next(&mut containers, "infra");
+        assert_eq!(known(&containers), [at("member", &[])]);
+        found(&mut containers, ticket, &infra);
+        assert_eq!(known(&containers), [at("infra", &["172.17.0.2"]), at("member", &[])]);
+
+        // The session in which the owner was to be inspected has ended, and the list does not have it.
+        let mut containers = Containers::default();
+        containers.hear(Notice::Changed(id("infra")));
+        containers.hear(Notice::Changed(id("member")));
+        let _of_infra = next(&mut containers, "infra");
+        let ticket = next(&mut containers, "member");
+        found(&mut containers, ticket, &member);
+        assert_eq!(known(&containers), []);
+        containers.begin();
+        containers.take_change();
+        containers.relist(listed(&["member"]));
         assert!(containers.take_change());
         assert_eq!(known(&containers), [at("member", &[])]);
     }

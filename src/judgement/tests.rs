@@ -1164,17 +1164,15 @@ fn a_binding_of_udp_is_served_by_the_kernel_path_or_says_why_not() {
     assert_eq!(state(&situation), RouteState::NotCaptured, "nobody has decided yet");
     for reason in PathReason::ALL {
         situation.paths.set(key, *reason);
-        let expected = match reason {
-            PathReason::Possible => RouteState::Ok,
-            _ => RouteState::NotCaptured,
-        };
+        let is_taken = matches!(reason, PathReason::Possible | PathReason::Proved);
+        let expected = if is_taken { RouteState::Ok } else { RouteState::NotCaptured };
         assert_eq!(state(&situation), expected, "{reason}");
         let causes = explained(&situation, 53);
         let said = causes.iter().find(|cause| matches!(cause, Cause::NoPath { .. }));
-        assert_eq!(said.is_some(), *reason != PathReason::Possible, "{reason}");
+        assert_eq!(said.is_some(), !is_taken, "{reason}");
         let overview = situation.overview(&HostUse::default());
         let said = overview.causes.iter().any(|cause| matches!(cause, Cause::NoPath { .. }));
-        assert_eq!(said, *reason != PathReason::Possible, "{reason}");
+        assert_eq!(said, !is_taken, "{reason}");
         assert!(situation.awaited().is_empty(), "embassy is ready without it");
     }
     let said = explained(&situation, 53)[0].finding();

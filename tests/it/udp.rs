@@ -123,6 +123,10 @@ fn sockets_of_both_kinds_are_spread_evenly_and_answers_bear_the_vip() -> Result<
     let embassy = host.embassy(["--dnat", ETCD, "--connection-log=all"])?;
     embassy.wait_ready(READY)?;
     takes(&embassy, "app", 53, "kernel", "possible")?;
+    let waited = host.embassy_command(["wait", "/services/echo", "--timeout=0"])?.output()?;
+    let text = String::from_utf8(waited.stdout)?;
+    assert!(waited.status.success(), "{text}");
+    assert!(text.contains("not known: whether the endpoints of") && text.contains("UDP"), "{text}");
     let said = python(
         &app,
         r#"

@@ -323,6 +323,9 @@ impl Reading {
             "lookup" => self.look_up(data),
             "match" => self.extension(data),
             "counter" | "log" => {}
+            "ct" => self.set(data.number(1), connection(data.number(2))),
+            // A mark or a control group of the socket.
+            "socket" => self.set(data.number(2), Value::Owner),
             "nat" => self.translate(data)?,
             "redir" => {
                 let to = self.ports(data.number(1), data.number(2)).ok_or(NotOurs)?;
@@ -334,7 +337,11 @@ impl Reading {
                 self.ends(By::Tproxy, false, address.filter(|one| !one.is_unspecified()), to);
             }
             "target" => self.target(data)?,
-            _ => self.conditions.more = true,
+            // Into which register such an expression loads something is not known. What they held before does not count anymore.
+            _ => {
+                self.registers.clear();
+                self.conditions.more = true;
+            }
         }
         Ok(())
     }
@@ -516,6 +523,15 @@ fn meta(key: Option<u32>) -> Value {
         Some(1 | 15) => Value::Family,
         // A mark, and the user, the group and the control group of who sends it.
         Some(3 | 10 | 11 | 23) => Value::Owner,
+        _ => Value::Other,
+    }
+}
+
+/// What an expression about the tracked connection loads (enum nft_ct_keys).
+fn connection(key: Option<u32>) -> Value {
+    match key {
+        // Its mark.
+        Some(3) => Value::Owner,
         _ => Value::Other,
     }
 }

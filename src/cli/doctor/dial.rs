@@ -19,7 +19,14 @@ use super::{
     super::client::Client,
     collect::{AdminFacts, ApiAnswer, HostFacts, PATIENCE},
 };
-use crate::{admin::api, config::Config, docker, model::Endpoint, proxy::probe};
+use crate::{
+    admin::api,
+    config::Config,
+    docker,
+    model::{Endpoint, Protocol},
+    path::Path,
+    proxy::probe,
+};
 
 /// A connection that was started in a container's network.
 #[derive(Debug)]
@@ -132,7 +139,8 @@ async fn wanted(config: &Config, facts: &HostFacts) -> Result<Vec<Wanted>, NotTr
         let is_vip = status.vips.iter().any(|one| one.parse() == Ok(*vip));
         let same_family =
             |route: &&api::Route| address(route).is_some_and(|one| one.is_ipv4() == vip.is_ipv4());
-        let route = routes.iter().filter(is_in).find(same_family).filter(|_| is_vip);
+        let route = routes.iter().filter(is_in).filter(same_family).filter(|_| is_vip);
+        let route = to_dial(route);
         consumers.extend(route.map(|route| (route, SocketAddr::new(*vip, route.port))));
     }
     if consumers.is_empty() {
@@ -149,6 +157,12 @@ async fn wanted(config: &Config, facts: &HostFacts) -> Result<Vec<Wanted>, NotTr
         }
     }
     Ok(found)
+}
+
+/// The route to try: one of TCP, and if there is any, one whose connections the proxy takes.
+fn to_dial<'a>(routes: impl Iterator<Item = &'a api::Route>) -> Option<&'a api::Route> {
+    let tcp = routes.filter(|route| route.protocol == Protocol::Tcp);
+    tcp.min_by_key(|route| route.path != Path::Proxy)
 }
 
 /// Starts a connection in a process's network. `None` if entering that network is not allowed.
@@ -171,4 +185,25 @@ fn begin_in(pid: i32, to: SocketAddr) -> Option<Result<(), Failed>> {
         Ok(Err(error)) => Err(Failed::Other(error.to_string())),
         Err(_) => Err(Failed::Silence),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::wait::tests::route;
+
+    #[test]
+    fn connections_of_tcp_are_tried_and_those_of_the_proxy_path_first() {
+        let [udp, kernel, proxy] = [
+            route("a", Protocol::Udp, Path::Kernel),
+            route("b", Protocol::Tcp, Path::Kernel),
+            route("c", Protocol::Tcp, Path::Proxy),
+        ];
+        let of = |routes: &[&api::Route]| {
+            to_dial(routes.iter().copied()).map(|route| route.query.name.clone())
+        };
+        assert_eq!(of(&[&udp, &kernel, &proxy]).as_deref(), Some("c"));
+        assert_eq!(of(&[&udp, &kernel]).as_deref(), Some("b"));
+        assert_eq!(of(&[&udp]), None);
+    }
 }

@@ -285,7 +285,8 @@ fn firewall(facts: &HostFacts) -> Vec<Diagnosis> {
 }
 
 /// The causes of an embassy that was started without `--dnat` and `--redirect`.
-const OF_OWN_RULES: [&str; 4] = ["no_own_rule", "passed_by", "some_passed_by", "nothing_captured"];
+const OF_OWN_RULES: [&str; 5] =
+    ["no_own_rule", "passed_by", "tproxy", "some_passed_by", "nothing_captured"];
 
 /// Whether anything captures without `--dnat` and `--redirect`.
 fn own_rules(facts: &HostFacts) -> Diagnosis {
@@ -330,8 +331,9 @@ fn own_rules(facts: &HostFacts) -> Diagnosis {
 /// The rule that leads to embassy's port: one of TPROXY comes before all that translate, if it has no condition that is not read.
 fn leads_to<'a>(leads: &'a [Lead], facts: &HostFacts) -> Option<&'a Lead> {
     let ours = || leads.iter().filter(|lead| lead.may_lead_to(facts.port, &facts.local));
-    let first = ours().find(|lead| lead.by == By::Tproxy && !lead.more);
-    first.or_else(|| ours().find(|lead| lead.by != By::Tproxy))
+    let transparent = || ours().filter(|lead| lead.by == By::Tproxy && !lead.more);
+    let first = transparent().find(|lead| lead.destination.is_none() && lead.hook.is_some());
+    first.or_else(|| ours().find(|lead| lead.by != By::Tproxy)).or_else(|| transparent().next())
 }
 
 /// Whether a rule leads to this host.
@@ -672,7 +674,7 @@ fn told(facts: &HostFacts) -> impl Iterator<Item = Diagnosis> {
             answer.is_err() && finding.text.split(' ').next() == Some(&**name)
         }),
         // Reported from the rules, which were read here too.
-        "no_own_rule" | "nothing_captured" => facts.capture != CaptureMode::None,
+        "no_own_rule" | "tproxy" | "nothing_captured" => facts.capture != CaptureMode::None,
         _ => finding.about != Subject::Host,
     });
     others.map(|finding| {

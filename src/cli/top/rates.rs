@@ -89,7 +89,9 @@ impl Look {
     pub(super) fn since(&self, before: Option<&Look>) -> RatedFigures {
         let seconds =
             before.map_or(0.0, |before| self.at.saturating_duration_since(before.at).as_secs_f64());
-        let route = |route: &Route| (route.consumer_id.clone(), route.address.clone(), route.port);
+        let route = |route: &Route| {
+            (route.consumer_id.clone(), route.address.clone(), route.port, route.protocol)
+        };
         let endpoint = |endpoint: &Endpoint| {
             let of = (endpoint.discovery.clone(), endpoint.datacentre.clone());
             (of, endpoint.service.clone(), endpoint.endpoint.clone())
