@@ -217,9 +217,9 @@ impl EndpointState {
         now.0 < self.aside_until.load(Relaxed)
     }
 
-    /// The number of connections opened to it since the start.
+    /// The number of TCP connections opened to it since the start. Flows of UDP prove nothing, and have no connect time.
     pub fn opened(&self) -> u64 {
-        self.counts.started.load(Relaxed)
+        self.counts.connect.read().count()
     }
 
     /// A connect attempt that started at `start` failed: all routes skip the endpoint for a while. Returns for how long, if
@@ -324,15 +324,23 @@ impl EndpointState {
     /// Its load with one more connection, in thousandths of a connection. During its slow start each connection counts
     /// more.
     fn load(&self, now: Millis) -> u64 {
-        // The first pick that sees the endpoint stores the time; 0 means not seen. Later picks only read it.
-        let seen = match self.seen.load(Relaxed) {
+        self.load_if_seen_at(self.seen_at(now), now)
+    }
+
+    /// The first pick that sees the endpoint, or the kernel path, stores the time; 0 means not seen. Later ones only read it.
+    fn seen_at(&self, now: Millis) -> u64 {
+        match self.seen.load(Relaxed) {
             0 => {
-                let first = self.seen.compare_exchange(0, now.0.max(1), Relaxed, Relaxed);
-                first.unwrap_or_else(|seen| seen)
+                let now = now.0.max(1);
+                self.seen.compare_exchange(0, now, Relaxed, Relaxed).err().unwrap_or(now)
             }
             seen => seen,
-        };
-        self.load_if_seen_at(seen, now)
+        }
+    }
+
+    /// For how many milliseconds it has been seen. If it was not, it is from now on.
+    pub fn seen_for(&self, now: Millis) -> u64 {
+        now.0.saturating_sub(self.seen_at(now))
     }
 
     /// Like `load`, but without recording that it was seen.
@@ -599,6 +607,8 @@ mod tests {
     fn an_endpoint_is_proved_by_its_last_connection() {
         let state = EndpointState::new(Endpoint(([10, 0, 0, 1], 80).into()));
         assert!(!state.is_proved(), "there was none");
+        state.counts.start();
+        assert!(!state.is_proved(), "a flow of UDP");
         state.succeeded(Duration::ZERO);
         assert!(state.is_proved());
         state.failed(NOW, NOW);
@@ -618,6 +628,15 @@ mod tests {
         others[0].proved();
         others[1].checked(true);
         assert!(others.iter().all(EndpointState::is_proved));
+    }
+
+    /// By whichever path it is picked.
+    #[test]
+    fn a_slow_start_begins_once() {
+        let state = EndpointState::new(Endpoint(([10, 0, 0, 1], 80).into()));
+        assert_eq!(state.seen_for(Millis(5_000)), 0);
+        assert_eq!(state.seen_for(Millis(8_000)), 3_000);
+        assert_eq!(state.load(Millis(8_000)), 1_000_000 / 300);
     }
 
     /// The other process has another clock, but the same state.

@@ -102,6 +102,9 @@ impl PathReason {
     }
 }
 
+/// How many routes take a path, for each reason.
+pub type PathCounts = BTreeMap<Path, BTreeMap<PathReason, u64>>;
+
 /// Which path each route takes, and why. Copies share what did not change.
 #[derive(Debug, Clone)]
 pub struct Paths {
@@ -138,15 +141,12 @@ impl Paths {
         }
     }
 
-    /// How many of so many routes there are for each reason.
-    pub fn counts(&self, routes: usize) -> BTreeMap<PathReason, u64> {
-        let mut counts = BTreeMap::new();
-        for reason in self.reasons.values() {
-            *counts.entry(*reason).or_default() += 1;
-        }
-        let unasked = routes.saturating_sub(self.reasons.len());
-        if unasked > 0 {
-            counts.insert(PathReason::NotAsked, unasked as u64);
+    /// How many of these routes take each path, for each reason.
+    pub fn counts<'a>(&self, routes: impl Iterator<Item = &'a RouteKey>) -> PathCounts {
+        let mut counts = PathCounts::new();
+        for key in routes {
+            let of_path = counts.entry(self.path(key)).or_default();
+            *of_path.entry(self.of(key)).or_default() += 1;
         }
         counts
     }
@@ -453,11 +453,18 @@ mod tests {
         {
             assert!(paths.set(key(n), reason));
         }
-        let expected =
-            [(PathReason::Proved, 2), (PathReason::NotAsked, 2), (PathReason::Unproved, 1)];
-        assert_eq!(paths.counts(5), expected.into());
-        paths.set(key(2), PathReason::NotAsked);
-        assert_eq!(paths.counts(2), [(PathReason::Proved, 2)].into());
+        let udp = |n| RouteKey { protocol: Protocol::Udp, ..key(n) };
+        paths.set(udp(1), PathReason::Possible);
+        paths.set(udp(2), PathReason::Family);
+        // One that the table does not have yet, or any more.
+        paths.set(key(9), PathReason::Header);
+        let keys = [key(1), key(2), key(3), key(4), udp(1), udp(2), udp(3)];
+        let expected = [
+            (Path::Kernel, [(PathReason::Proved, 2), (PathReason::Possible, 1)].into()),
+            (Path::Proxy, [(PathReason::NotAsked, 1), (PathReason::Unproved, 1)].into()),
+            (Path::None, [(PathReason::Family, 1), (PathReason::Pending, 1)].into()),
+        ];
+        assert_eq!(paths.counts(keys.iter()), expected.into());
     }
 
     #[test]

@@ -51,7 +51,7 @@ impl fmt::Display for RouteKey {
 }
 
 /// Identifies one owner's route as long as the owner asks for the same. Changed endpoints do not change it. Never reused.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RouteNumber(u64);
 
 /// The route of a consumer's connections on one port.
@@ -517,6 +517,7 @@ mod tests {
         let picked = upstream.rotation.pick(Balance::RoundRobin, Millis(5), &[]).unwrap();
         picked.failed(Millis(5), Millis(5)).unwrap();
         picked.counts.start();
+        picked.counts.connect.observe(std::time::Duration::ZERO);
         let turn = upstream.rotation.turn();
 
         // The second container has a new run, and a binding has changed.

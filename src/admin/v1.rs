@@ -88,7 +88,7 @@ pub(super) async fn status(
         table_version: table.version,
         consumers: consumers.len(),
         routes: table.routes().len(),
-        paths: situation.paths.counts(table.routes().len()),
+        paths: situation.paths.counts(table.routes().map(|route| &route.key)),
         routes_without_endpoint: routes(&[RouteState::NoEndpoint, RouteState::Waiting]),
         routes_degraded: routes(&[RouteState::Degraded]),
         routes_broken: broken.filter_map(|state| overview.routes.get(state)).sum(),

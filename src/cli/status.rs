@@ -13,6 +13,7 @@ use super::{
 use crate::{
     admin::api::{self, Path, PathReason, Verdict},
     counts::numbered,
+    path::PathCounts,
 };
 
 /// Show the state and the problems of the running embassy; exit 1 if it is not ready
@@ -97,7 +98,8 @@ fn write(out: &mut String, status: &api::Status) -> std::fmt::Result {
         0 => writeln!(out)?,
         without => writeln!(out, ", {without} without endpoint")?,
     }
-    if status.paths.keys().any(|reason| *reason != PathReason::NotAsked) {
+    if status.paths.values().flat_map(BTreeMap::keys).any(|reason| *reason != PathReason::NotAsked)
+    {
         writeln!(out, "paths        {}", paths(&status.paths))?;
     }
     write!(out, "endpoints    {}", status.endpoints)?;
@@ -142,15 +144,15 @@ fn write(out: &mut String, status: &api::Status) -> std::fmt::Result {
     Ok(())
 }
 
-/// `kernel 3 (proved 3), proxy 2 (header 1, unproved 1)`
-pub(super) fn paths(counts: &BTreeMap<PathReason, u64>) -> String {
+/// `kernel 3 (proved 3), proxy 2 (header 1, unproved 1), none 1 (family 1)`
+pub(super) fn paths(counts: &PathCounts) -> String {
     let of = |path: &Path| {
-        let here = counts.iter().filter(|(reason, _)| reason.path() == *path);
-        let why: Vec<_> = here.clone().map(|(reason, n)| format!("{reason} {n}")).collect();
-        let sum: u64 = here.map(|(_, n)| n).sum();
+        let here = counts.get(path)?;
+        let why: Vec<_> = here.iter().map(|(reason, n)| format!("{reason} {n}")).collect();
+        let sum: u64 = here.values().sum();
         (sum > 0).then(|| format!("{path} {sum} ({})", why.join(", ")))
     };
-    let all: Vec<_> = [Path::Kernel, Path::Proxy].iter().filter_map(of).collect();
+    let all: Vec<_> = [Path::Kernel, Path::Proxy, Path::None].iter().filter_map(of).collect();
     all.join(", ")
 }
 
@@ -193,7 +195,7 @@ pub(super) mod tests {
             table_version: 3,
             consumers: 1,
             routes: 2,
-            paths: [(PathReason::NotAsked, 2)].into(),
+            paths: [(Path::Proxy, [(PathReason::NotAsked, 2)].into())].into(),
             routes_without_endpoint: 0,
             routes_degraded: 0,
             routes_broken: 0,
@@ -246,13 +248,12 @@ pub(super) mod tests {
     fn paths_are_listed_where_one_was_asked_for() {
         assert!(!text(&status()).contains("paths "));
         let paths = [
-            (PathReason::Possible, 1),
-            (PathReason::Proved, 2),
-            (PathReason::Header, 1),
-            (PathReason::Unproved, 3),
+            (Path::Kernel, [(PathReason::Possible, 1), (PathReason::Proved, 2)].into()),
+            (Path::Proxy, [(PathReason::Header, 1), (PathReason::Unproved, 3)].into()),
+            (Path::None, [(PathReason::Family, 1)].into()),
         ];
         let said = text(&api::Status { paths: paths.into(), ..status() });
-        let line = "paths        kernel 3 (possible 1, proved 2), proxy 4 (header 1, unproved 3)\n";
+        let line = "paths        kernel 3 (possible 1, proved 2), proxy 4 (header 1, unproved 3), none 1 (family 1)\n";
         assert!(said.contains(line), "{said}");
     }
 

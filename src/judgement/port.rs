@@ -152,7 +152,9 @@ impl Situation {
         let service = route.written_query().to_string();
         let next = self.next_pick(route);
         let mut causes = Vec::new();
-        if health.active + health.probing + health.ejected == 0 {
+        // What is wrong with endpoints of the other family alone is said as the reason of the path.
+        let lacks_family = health.foreign > 0 && health.drained + health.circular == 0;
+        if health.active + health.probing + health.ejected == 0 && !lacks_family {
             causes.push(match () {
                 () if !upstream.answered => {
                     let reading = self.queries.get(&upstream.query);

@@ -1,6 +1,6 @@
 //! Routes and endpoints: the endpoint of the next connection, and what prevents it.
 
-use std::sync::atomic::Ordering::Relaxed;
+use std::{net::IpAddr, sync::atomic::Ordering::Relaxed};
 
 use super::{
     cause::{Cause, List, OwnHook},
@@ -55,6 +55,12 @@ pub fn endpoint(state: &EndpointState, now: Millis) -> EndpointHealth {
     }
 }
 
+/// Whether a route of UDP never sends to an endpoint: it is of another family (IPv4 or IPv6) than the consumer's address.
+fn is_foreign(route: &Route, endpoint: &Endpoint) -> bool {
+    let is_ipv4 = |address: IpAddr| address.to_canonical().is_ipv4();
+    route.key.protocol == Protocol::Udp && is_ipv4(endpoint.0.ip()) != is_ipv4(route.key.source)
+}
+
 /// The state of a route, and the numbers of its endpoints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RouteHealth {
@@ -68,6 +74,8 @@ pub struct RouteHealth {
     pub drained: usize,
     /// Endpoints whose address is the dialled address itself.
     pub circular: usize,
+    /// Endpoints of another family (IPv4 or IPv6) than the consumer's address: datagrams never go there.
+    pub foreign: usize,
     /// The part of `probing` that failed recently.
     pub(super) just_failed: usize,
 }
@@ -90,6 +98,7 @@ impl Situation {
             probing: 0,
             drained: 0,
             circular: 0,
+            foreign: 0,
             just_failed: 0,
         };
         for state in self.table.endpoints_of(route) {
@@ -97,6 +106,7 @@ impl Situation {
             *match endpoint(state, self.now) {
                 EndpointHealth::Drained => &mut health.drained,
                 _ if self.is_circular(route, &state.endpoint) => &mut health.circular,
+                _ if is_foreign(route, &state.endpoint) => &mut health.foreign,
                 EndpointHealth::Active => &mut health.active,
                 EndpointHealth::Ejected | EndpointHealth::Unhealthy => &mut health.ejected,
                 EndpointHealth::Probing => {
@@ -136,12 +146,14 @@ impl Situation {
                 || self.reach(&route.consumer) != Reach::Arrives
                 || !self.shadowed(&route.consumer, route.key.port.get()).0.is_empty()
         };
-        if health.active + health.ejected + health.probing == 0 {
+        let usable = health.active + health.ejected + health.probing;
+        // A route that only lacks an endpoint of its family may be served from the consumer's other address.
+        if usable == 0 && (health.foreign == 0 || self.is_captured(route) != Some(false)) {
             match self.table.upstream(&route.query).is_some_and(|upstream| upstream.answered) {
                 true => RouteState::NoEndpoint,
                 false => RouteState::Waiting,
             }
-        } else if health.hopeful() == 0 {
+        } else if usable > 0 && health.hopeful() == 0 {
             RouteState::Ejected
         } else if self.is_captured(route) == Some(false) {
             match !is_tcp && self.is_served_otherwise(route) {
@@ -191,8 +203,9 @@ impl Situation {
     pub fn next_pick(&self, route: &Route) -> Option<Endpoint> {
         let rotation = &self.table.upstream(&route.query)?.rotation;
         let all = rotation.endpoints().iter().map(|state| state.endpoint);
-        let circular: Vec<_> = all.filter(|one| self.is_circular(route, one)).collect();
-        Some(rotation.peek(route.balance, self.now, &circular)?.endpoint)
+        let is_unused = |one: &Endpoint| self.is_circular(route, one) || is_foreign(route, one);
+        let unused: Vec<_> = all.filter(is_unused).collect();
+        Some(rotation.peek(route.balance, self.now, &unused)?.endpoint)
     }
 
     /// Why the connections of a route do not reach embassy, if they should.

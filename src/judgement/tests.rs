@@ -1150,7 +1150,7 @@ proptest! {
 /// Of UDP: no rule captures it, and only the kernel path serves it.
 #[test]
 fn a_binding_of_udp_is_served_by_the_kernel_path_or_says_why_not() {
-    use crate::path::{PathReason, Paths};
+    use crate::path::{Path, PathReason, Paths};
     let binding =
         Binding { origin: "BACKEND_DNS".into(), descriptor: "web;53/udp".parse().unwrap() };
     let setting = Setting::of(|s| s.consumer.bindings = vec![binding.clone()]);
@@ -1164,15 +1164,15 @@ fn a_binding_of_udp_is_served_by_the_kernel_path_or_says_why_not() {
     assert_eq!(state(&situation), RouteState::NotCaptured, "nobody has decided yet");
     for reason in PathReason::ALL {
         situation.paths.set(key, *reason);
-        let is_taken = matches!(reason, PathReason::Possible | PathReason::Proved);
-        let expected = if is_taken { RouteState::Ok } else { RouteState::NotCaptured };
+        let is_served = reason.path() == Path::Kernel;
+        let expected = if is_served { RouteState::Ok } else { RouteState::NotCaptured };
         assert_eq!(state(&situation), expected, "{reason}");
         let causes = explained(&situation, 53);
         let said = causes.iter().find(|cause| matches!(cause, Cause::NoPath { .. }));
-        assert_eq!(said.is_some(), !is_taken, "{reason}");
+        assert_eq!(said.is_none(), is_served, "{reason}");
         let overview = situation.overview(&HostUse::default());
         let said = overview.causes.iter().any(|cause| matches!(cause, Cause::NoPath { .. }));
-        assert_eq!(said, !is_taken, "{reason}");
+        assert_eq!(!said, is_served, "{reason}");
         assert!(situation.awaited().is_empty(), "embassy is ready without it");
     }
     let said = explained(&situation, 53)[0].finding();
@@ -1196,6 +1196,11 @@ fn a_binding_of_udp_is_served_by_the_kernel_path_or_says_why_not() {
     situation.paths.set(keys[1], PathReason::Family);
     let states = keys.iter().map(|key| situation.route(situation.table.route(key).unwrap()).state);
     assert_eq!(states.collect::<Vec<_>>(), [RouteState::Ok, RouteState::Degraded]);
+    let next = keys.iter().map(|key| {
+        let route = situation.table.route(key).unwrap();
+        (situation.next_pick(route).is_some(), situation.route(route).active)
+    });
+    assert_eq!(next.collect::<Vec<_>>(), [(true, 1), (false, 0)], "none of its family");
     situation.paths.set(keys[0], PathReason::Unavailable);
     let state = situation.route(situation.table.route(&keys[1]).unwrap()).state;
     assert_eq!(state, RouteState::NotCaptured);

@@ -3,6 +3,7 @@
 
 use std::{
     io,
+    net::IpAddr,
     os::fd::{AsRawFd, BorrowedFd, OwnedFd},
 };
 
@@ -26,6 +27,17 @@ pub(super) struct Open {
 }
 
 impl Open {
+    /// The socket's own address, of either family.
+    pub(super) fn local(&self) -> IpAddr {
+        // idiag_sport and idiag_dport come first, then idiag_src.
+        match (self.family, self.id.get(4..).and_then(|rest| rest.first_chunk::<16>())) {
+            (family, Some([a, b, c, d, ..])) if family == AddressFamily::INET.as_raw() as u8 => {
+                [*a, *b, *c, *d].into()
+            }
+            (_, address) => IpAddr::from(*address.unwrap_or(&[0; 16])).to_canonical(),
+        }
+    }
+
     pub(super) fn cookie(&self) -> u64 {
         let mut cookie = [0; 8];
         cookie.copy_from_slice(&self.id[ID - 8..]);
@@ -197,6 +209,11 @@ mod tests {
         assert_eq!((open.family, open.id[0], open.id[47]), (2, 1, 48));
         assert_eq!(open.cookie().to_ne_bytes(), [41, 42, 43, 44, 45, 46, 47, 48]);
         assert_eq!(Some(&open.peer), Peer::read(&peer).as_ref());
+        assert_eq!(open.local().to_string(), "5.6.7.8");
+        let mut id = [0; ID];
+        id[14..20].copy_from_slice(&[255, 255, 10, 0, 0, 1]);
+        let mapped = Open { family: 10, id, ..open };
+        assert_eq!(mapped.local().to_string(), "10.0.0.1");
         assert_eq!(read(&message), None, "nothing is stored for it");
     }
 

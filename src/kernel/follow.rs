@@ -23,7 +23,7 @@ use super::{
     layout::{Counted, End, EndedConnection, Gone, Live, Place, Usage, mark},
     programs::{Sizes, Unavailable},
     proofs::{Proofs, Tried},
-    tables::{Counting, Tables, Way, WriteError, Written, nanoseconds},
+    tables::{Counting, Tables, Way, WriteError, Written, is_of_another_address, nanoseconds},
 };
 use crate::{
     balance::{CheckResult, EndpointState},
@@ -111,6 +111,8 @@ enum Kernel {
 
 /// How often a control group that was not found is looked for at the usual places.
 const AGAIN: Duration = Duration::from_secs(1);
+/// How long after connections were reset it is done once more, at the next look: a table may come sooner.
+const AGAIN_AFTER: Duration = Duration::from_millis(50);
 /// How long a probe of an endpoint may take.
 const PROBE: Duration = Duration::from_secs(2);
 
@@ -200,72 +202,104 @@ impl Core {
         self.publish();
     }
 
-    /// Connections to endpoints that a service does not have any more are to be reset, if their bindings say so.
+    /// Connections to endpoints that a service does not have any more are to be reset, if their bindings say so. Those to an endpoint
+    /// that is back are not.
     fn drain(&mut self, before: &Table, upstream: &Upstream) {
         let had = before.upstream(&upstream.query).map_or(&[][..], |one| one.rotation.endpoints());
         let has = upstream.rotation.endpoints();
-        let is_gone =
-            |state: &&Arc<EndpointState>| has.iter().all(|one| one.endpoint != state.endpoint);
-        let gone: Vec<Endpoint> = had.iter().filter(is_gone).map(|state| state.endpoint).collect();
-        let keys = self.by_query.get(&upstream.query).into_iter().flatten();
-        for route in keys.filter_map(|key| self.table.route(key)).filter(|_| !gone.is_empty()) {
+        let less = |all: &[Arc<EndpointState>], without: &[Arc<EndpointState>]| {
+            let is_without = |one: &Endpoint| without.iter().all(|state| state.endpoint != *one);
+            all.iter().map(|state| state.endpoint).filter(is_without).collect::<Vec<_>>()
+        };
+        let (gone, back) = (less(had, has), less(has, had));
+        let Some(keys) = self.by_query.get(&upstream.query) else { return };
+        let is_back = |one: &Endpoint| back.contains(one);
+        self.endings
+            .retain(|one| !one.endpoint.as_ref().is_some_and(is_back) || !keys.contains(&one.key));
+        let mut new = Vec::new();
+        for route in keys.iter().filter_map(|key| self.table.route(key)) {
             let after = match route.binding.descriptor.drain {
                 EndpointDrain::Keep => continue,
                 EndpointDrain::Kill => Duration::ZERO,
                 EndpointDrain::After(time) => time,
             };
             let at = Instant::now() + after;
-            let all = gone.iter().filter_map(|endpoint| ending(route, Some(*endpoint), at));
-            self.endings.extend(all);
+            new.extend(gone.iter().filter_map(|endpoint| self.ending(route, Some(*endpoint), at)));
         }
+        self.endings.extend(new);
     }
 
     /// Connections to endpoints whose check fails are to be reset, if their bindings say so.
     fn drain_failing(&mut self) {
-        for (key, known) in &mut self.failing {
+        let mut failing = std::mem::take(&mut self.failing);
+        for (key, known) in &mut failing {
             let Some(route) = self.table.route(key) else { continue };
             let states = self.table.endpoints_of(route).iter();
             let failing = states.filter(|state| state.check() == CheckResult::Fails);
             let now: HashSet<Endpoint> = failing.map(|state| state.endpoint).collect();
             let new = now.difference(known);
-            let new = new.filter_map(|one| ending(route, Some(*one), Instant::now()));
+            let new = new.filter_map(|one| self.ending(route, Some(*one), Instant::now()));
+            let new: Vec<_> = new.collect();
             self.endings.extend(new);
             *known = now;
         }
+        self.failing = failing;
     }
 
-    /// Resets what is due of the connections that are to be reset: of some routes at a time.
+    /// The end of a route's connections. `None`: it has none that embassy can end.
+    fn ending(&self, route: &Route, endpoint: Option<Endpoint>, at: Instant) -> Option<Ending> {
+        let Kernel::Ready(tables) = &self.kernel else { return None };
+        if !tables.can_reset || route.key.protocol == Protocol::Udp {
+            return None;
+        }
+        let run = route.ends.first().filter(|run| !run.has_ended())?.clone();
+        let of_consumer = self.routes.get(&route.consumer).into_iter().flatten().copied();
+        let others = of_consumer.filter(|other| is_of_another_address(other, &route.key));
+        let others: Vec<RouteKey> = others.collect();
+        let places = tables.places_of(route, &others);
+        (!places.is_empty()).then(|| Ending {
+            route: route.number,
+            key: route.key,
+            run,
+            endpoint,
+            places,
+            others: others.iter().map(|other| other.source).collect(),
+            at,
+            is_repeated: false,
+        })
+    }
+
+    /// Whether the endpoint is back whose connections were to be reset.
+    fn is_back(&self, ending: &Ending) -> bool {
+        let route = self.table.route(&ending.key).filter(|one| one.number == ending.route);
+        let states = route.map_or(&[][..], |route| self.table.endpoints_of(route));
+        let mut same = states.iter().filter(|one| Some(one.endpoint) == ending.endpoint);
+        same.any(|state| state.check() != CheckResult::Fails)
+    }
+
+    /// Resets what is due of the connections that are to be reset: as much as the time of one look allows, and once more at the next.
     fn reset_due(&mut self) {
-        const MOST: usize = 32;
-        let now = Instant::now();
-        let due = self.endings.extract_if(.., |one| one.at <= now).take(MOST);
-        for ending in due.collect::<Vec<_>>() {
-            // It may be back.
-            let states = self.table.route(&ending.key).filter(|one| one.number == ending.route);
-            let states = states.map_or(&[][..], |route| self.table.endpoints_of(route));
-            let mut is_back = states.iter().filter(|one| Some(one.endpoint) == ending.endpoint);
-            if is_back.any(|state| state.check() != CheckResult::Fails) {
-                continue;
-            }
-            let Kernel::Ready(tables) = &mut self.kernel else { return };
-            let places = tables.places_of(&ending.key, ending.route);
-            if places.is_empty() {
-                continue;
-            }
-            let is_meant = |open: &super::diag::Open| {
-                let to = ending.endpoint.is_none_or(|endpoint| endpoint == open.peer.endpoint);
-                to && places.contains(&open.peer.route)
-            };
-            let (route, why) = (&ending.key, ending.why());
-            match ends::end(&ending.run, &mut tables.programs, why, is_meant) {
+        let start = Instant::now();
+        let mut due = ends::take_due(&mut self.endings, start);
+        due.retain(|ending| !self.is_back(ending));
+        let Kernel::Ready(tables) = &mut self.kernel else { return };
+        while !ends::is_over(start)
+            && let Some((run, endings)) = ends::take_run(&mut due)
+        {
+            let Some(route) = endings.first().map(|one| one.key) else { continue };
+            match ends::end(&run, &mut tables.programs, &endings) {
                 // A container that has ended has no connections either.
-                None => {}
-                Some(Ok(connections)) => debug!(%route, connections, ?why, "connections reset"),
+                None => continue,
+                Some(Ok(connections)) => debug!(%route, connections, "connections reset"),
                 Some(Err(error)) => {
                     warn!(%route, %error, "cannot reset connections of the kernel path; they stay open")
                 }
             }
+            let again = endings.into_iter().filter(|one| !one.is_repeated);
+            let at = start + AGAIN_AFTER;
+            self.endings.extend(again.map(|one| Ending { is_repeated: true, at, ..one }));
         }
+        self.endings.splice(..0, due);
     }
 
     /// Whether embassy can reset connections in the network of a route's consumer.
@@ -305,10 +339,9 @@ impl Core {
         self.is_news |= self.paths.forget(&route.key);
         self.full.remove(&route.key);
         self.failing.remove(&route.key);
+        self.endings.retain(|one| one.route != route.number);
+        self.endings.extend(self.ending(route, None, Instant::now()));
         if let Kernel::Ready(tables) = &mut self.kernel {
-            if tables.can_reset && !tables.places_of(&route.key, route.number).is_empty() {
-                self.endings.extend(ending(route, None, Instant::now()));
-            }
             tables.uninstall(&route.key);
         }
         if let Some(routes) = self.routes.get_mut(&route.consumer) {
@@ -409,7 +442,8 @@ impl Core {
             _ if vips.is_empty() => PathReason::NoVip,
             None => PathReason::NoIdentity,
             Some(cgroup) => {
-                match tables.install(route, &upstream, Way { cgroup, vips, is_cautious }) {
+                let way = Way { cgroup, vips, is_cautious };
+                match tables.install(route, &upstream, way, self.settings.figures.now()) {
                     Ok(()) => return granted,
                     Err(error) => {
                         let (consumer, port) = (&route.consumer_name, route.key.port);
@@ -747,13 +781,6 @@ impl Core {
     }
 }
 
-/// The end of a route's connections. `None`: its consumer has no process.
-fn ending(route: &Route, endpoint: Option<Endpoint>, at: Instant) -> Option<Ending> {
-    let run = route.ends.first().filter(|run| !run.has_ended())?.clone();
-    let (key, number) = (route.key, route.number);
-    Some(Ending { route: number, key, run, endpoint, at })
-}
-
 /// Reads what the kernel counted of routes.
 fn read_routes<'a>(
     routes: impl Iterator<Item = &'a mut Counting<Arc<Route>>>,
@@ -894,7 +921,8 @@ fn forgive(written: &mut Written, programs: &mut super::programs::Programs) {
     }
 }
 
-/// Tells the kernel whether an endpoint is to be used, and how busy the proxy makes it.
+/// Tells the kernel whether an endpoint is to be used, and how busy it is otherwise: by the proxy, and by connections that were opened
+/// when it had another place.
 fn tell(written: &mut Written, programs: &mut super::programs::Programs, settings: &Settings) {
     let state = &written.counting.of;
     let usage = if state.is_drained() {
@@ -904,7 +932,7 @@ fn tell(written: &mut Written, programs: &mut super::programs::Programs, setting
     } else {
         Usage::Used
     };
-    let now = (usage, state.active_here());
+    let now = (usage, state.active().saturating_sub(written.active));
     if written.mark != now
         && programs.marks.set(written.counting.place.index, mark(now.0, now.1), 0).is_ok()
     {

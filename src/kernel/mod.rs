@@ -177,6 +177,12 @@ async fn run(
             _ = looks.tick(), if core.is_loaded() => core.look(),
             Some(answer) = answered.recv() => core.answered(answer),
             Some(answer) = asks.recv() => {
+                // Who asks may know this table already.
+                if tables.has_changed().unwrap_or(false) {
+                    let table = tables.borrow_and_update().clone();
+                    core.take(table);
+                    core.look();
+                }
                 core.count();
                 let _ = answer.send(());
             }

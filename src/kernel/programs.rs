@@ -44,7 +44,8 @@ impl Sizes {
         self.services * 2
     }
 
-    /// For twice as many entries and endpoints as there are, and for all services that there may be.
+    /// For twice as many entries and endpoints as there are, and for all services that there may be. Each of the two trials (of TCP and of
+    /// UDP) keeps the place of a service.
     pub(super) fn fitting(entries: usize, most_services: usize, endpoints: usize) -> Self {
         const MOST: u32 = 1 << 20;
         let room = |n: usize, least: u32, most: u32| {
@@ -53,7 +54,7 @@ impl Sizes {
         };
         Self {
             routes: room(entries.saturating_mul(2), 32_768, MOST),
-            services: room(most_services, 64, MOST / 16),
+            services: room(most_services, 64, MOST / 16) + 2,
             endpoints: room(endpoints.saturating_mul(2), 16_384, MOST / 4),
         }
     }
@@ -366,9 +367,9 @@ mod tests {
                 Sizes::fitting(entries, services, endpoints);
             [routes, services, endpoints]
         };
-        assert_eq!(of(0, 4_096, 0), [32_768, 4_096, 16_384]);
-        assert_eq!(of(100_000, 5_000, 20_000), [262_144, 8_192, 65_536]);
-        assert_eq!(of(1, 1, 1), [32_768, 64, 16_384]);
-        assert_eq!(of(usize::MAX, usize::MAX, usize::MAX), [1 << 20, 1 << 16, 1 << 18]);
+        assert_eq!(of(0, 4_096, 0), [32_768, 4_098, 16_384]);
+        assert_eq!(of(100_000, 5_000, 20_000), [262_144, 8_194, 65_536]);
+        assert_eq!(of(1, 1, 1), [32_768, 66, 16_384]);
+        assert_eq!(of(usize::MAX, usize::MAX, usize::MAX), [1 << 20, (1 << 16) + 2, 1 << 18]);
     }
 }

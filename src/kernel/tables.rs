@@ -30,7 +30,7 @@ use crate::{
     balance::EndpointState,
     descriptor::Balance,
     discovery::Query,
-    model::{Port, Protocol, Vip},
+    model::{Millis, Port, Protocol, Vip},
     table::{Route, RouteKey, RouteNumber, Upstream},
 };
 
@@ -102,6 +102,13 @@ pub(super) struct Way {
     pub(super) is_cautious: bool,
 }
 
+impl Way {
+    /// Whether the entries of the VIPs that both have can stay: flows of UDP end with theirs.
+    fn differs_only_in_vips(&self, other: &Self) -> bool {
+        self.cgroup == other.cgroup && self.is_cautious == other.is_cautious
+    }
+}
+
 /// What sends connections to one VIP. Its place in the table of routes says by which key it is found, so each VIP has one.
 #[derive(Debug)]
 struct Entry {
@@ -135,7 +142,7 @@ pub(super) struct Written {
     services: usize,
     /// Whether it is a service's only one.
     pub(super) is_only: bool,
-    /// What the kernel was told last: whether it is used, and the proxy's connections to it.
+    /// What the kernel was told last: whether it is used, and the connections to it that are not this place's.
     pub(super) mark: (Usage, u32),
     /// Connections that were open when they were counted last: this part of the state's number is this place's.
     pub(super) active: u32,
@@ -278,8 +285,8 @@ impl Tables {
 
     /// Whether the kernel ends a connection that was redirected to an endpoint: not if it was built without CONFIG_INET_DIAG_DESTROY.
     fn resets(&mut self, mut stream: &TcpStream, endpoint: SocketAddr) -> bool {
-        let is_it = |open: &Open| open.peer.endpoint.0 == endpoint;
-        let ended = end_here(&mut self.programs, Gone::Route, is_it);
+        let why = |open: &Open| (open.peer.endpoint.0 == endpoint).then_some(Gone::Route);
+        let ended = end_here(&mut self.programs, why);
         debug!(?ended, "tried to end a connection");
         // Without a wait: it has ended by now, or it never will.
         let read = stream.set_nonblocking(true).and_then(|()| stream.read(&mut [0]));
@@ -287,11 +294,20 @@ impl Tables {
         matches!(ended, Ok(1)) && read.as_ref().is_err_and(is_aborted)
     }
 
-    /// The places of a route: those that it has, and those that it had.
-    pub(super) fn places_of(&self, key: &RouteKey, number: RouteNumber) -> HashSet<Place> {
-        let installed = self.installed.get(key).filter(|one| one.number == number);
-        let now = installed.into_iter().flat_map(|one| &one.entries);
-        let before = self.old_routes.iter().filter(|one| one.of.number == number);
+    /// The places for which connections of a route may count: those that it has and had, and, as one entry serves all addresses of a
+    /// container, those of the `others`, its routes of the same port from other addresses.
+    pub(super) fn places_of(&self, route: &Route, others: &[RouteKey]) -> HashSet<Place> {
+        let of_others = others.iter().filter_map(|key| self.installed.get(key));
+        let of_others = of_others.filter(|one| one.query == route.query);
+        let own = self.installed.get(&route.key).filter(|one| one.number == route.number);
+        let now = own.into_iter().chain(of_others).flat_map(|one| &one.entries);
+        let is_before = |one: &&Counting<Arc<Route>>| {
+            one.of.number == route.number
+                || is_of_another_address(&one.of.key, &route.key)
+                    && one.of.consumer == route.consumer
+                    && one.of.query == route.query
+        };
+        let before = self.old_routes.iter().filter(is_before);
         now.map(|entry| entry.counting.place).chain(before.map(|one| one.place)).collect()
     }
 
@@ -379,28 +395,36 @@ impl Tables {
         route: &Arc<Route>,
         upstream: &Arc<Upstream>,
         way: Way,
+        now: Millis,
     ) -> Result<(), WriteError> {
         let query = &upstream.query;
         if let Some(installed) = self.installed.get_mut(&route.key)
             && installed.number == route.number
             && installed.balance == route.balance
             && installed.query == *query
-            && installed.way == way
+            && installed.way.differs_only_in_vips(&way)
         {
+            let keeps = |entry: &mut Entry| way.vips.iter().any(|vip| vip.0 == entry.key.vip);
+            for Entry { key, counting } in installed.entries.extract_if(.., |one| !keeps(one)) {
+                self.keys.remove(&key);
+                let _ = self.programs.routes.remove(&key.bytes());
+                self.old_routes.push(counting);
+            }
+            installed.way = way.clone();
             for Entry { counting, .. } in &mut installed.entries {
                 counting.of = route.clone();
                 self.route_of.insert(counting.place, route.clone());
             }
-            self.update(upstream)?;
+            self.update(upstream, now)?;
             let Some(service) = self.by_query.get(query).map(|service| service.place.index) else {
                 return Ok(());
             };
-            // Another address of the same container may have had these keys until now.
+            // Those of new VIPs; and another address of the same container may have had some of these keys until now.
             return self.enter_free(route, &way, service);
         }
         self.use_level(way.cgroup.level)?;
         // Joined first: endpoints of both services keep their places, and so the counts of their connections.
-        let service = self.join(upstream, way.is_cautious)?;
+        let service = self.join(upstream, way.is_cautious, now)?;
         self.uninstall(&route.key);
         let installed = Installed {
             number: route.number,
@@ -463,7 +487,12 @@ impl Tables {
     }
 
     /// The place of an upstream's service, which one route more has.
-    fn join(&mut self, upstream: &Arc<Upstream>, is_cautious: bool) -> Result<u32, WriteError> {
+    fn join(
+        &mut self,
+        upstream: &Arc<Upstream>,
+        is_cautious: bool,
+        time: Millis,
+    ) -> Result<u32, WriteError> {
         if !self.by_query.contains_key(&upstream.query) {
             let place = self.services.take(Instant::now(), grace).ok_or(WriteError::Full)?;
             // In doubt, until it is known that it is not.
@@ -489,7 +518,7 @@ impl Tables {
         service.routes += 1;
         service.cautious += usize::from(is_cautious);
         let index = service.place.index;
-        let done = self.update(upstream);
+        let done = self.update(upstream, time);
         if done.is_err() {
             self.leave(&upstream.query, is_cautious);
         }
@@ -497,7 +526,7 @@ impl Tables {
     }
 
     /// Takes over a service's endpoints, in one step.
-    fn update(&mut self, upstream: &Arc<Upstream>) -> Result<(), WriteError> {
+    fn update(&mut self, upstream: &Arc<Upstream>, time: Millis) -> Result<(), WriteError> {
         let Some(service) = self.by_query.get(&upstream.query) else { return Ok(()) };
         if service.upstream.as_ref().is_some_and(|before| Arc::ptr_eq(before, upstream)) {
             return Ok(());
@@ -506,11 +535,10 @@ impl Tables {
         let states = upstream.rotation.endpoints();
         let now: Vec<usize> = states.iter().map(address).collect();
         let before = service.order.clone();
-        let since = if before.is_empty() { 0 } else { nanoseconds() };
         let new: Vec<_> = states.iter().filter(|state| !before.contains(&address(state))).collect();
         let mut written = Vec::new();
         let done = new.iter().try_for_each(|state| {
-            self.write_endpoint(state, &upstream.query, since)?;
+            self.write_endpoint(state, &upstream.query, time)?;
             written.push(address(state));
             Ok(())
         });
@@ -576,13 +604,16 @@ impl Tables {
         &mut self,
         state: &Arc<EndpointState>,
         query: &Arc<Query>,
-        since: u64,
+        time: Millis,
     ) -> Result<(), WriteError> {
         if let Some(written) = self.by_state.get_mut(&address(state)) {
             written.services += 1;
             return Ok(());
         }
         let place = self.endpoints.take(Instant::now(), grace).ok_or(WriteError::Full)?;
+        // Its slow start goes on where the proxy's, or that of its place before, was.
+        let age = state.seen_for(time).saturating_mul(1_000_000);
+        let since = nanoseconds().saturating_sub(age).max(1);
         let bytes = layout::endpoint(&state.endpoint, place.generation, since);
         self.programs.endpoints.set(place.index, bytes, 0)?;
         self.programs.lives.set(place.index, [0; 32], 0)?;
@@ -679,6 +710,11 @@ fn free_keys(
     keys.filter(|key| !taken.contains_key(key)).collect()
 }
 
+/// Whether both are of the same port, from different addresses.
+pub(super) fn is_of_another_address(one: &RouteKey, other: &RouteKey) -> bool {
+    (one.port, one.protocol) == (other.port, other.protocol) && one.source != other.source
+}
+
 /// By what a state is found: it is held as long as it is in use.
 fn address(state: &Arc<EndpointState>) -> usize {
     Arc::as_ptr(state).addr()
@@ -687,6 +723,19 @@ fn address(state: &Arc<EndpointState>) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn entries_stay_if_only_the_vips_change() {
+        let vips = |all: &[u8]| all.iter().map(|n| Vip([172, 17, 0, *n].into())).collect();
+        let way = |id, all: &[u8], is_cautious| Way {
+            cgroup: Cgroup { id, level: 2 },
+            vips: vips(all),
+            is_cautious,
+        };
+        assert!(way(7, &[1, 2], false).differs_only_in_vips(&way(7, &[2, 3], false)));
+        assert!(!way(7, &[1], false).differs_only_in_vips(&way(8, &[1], false)));
+        assert!(!way(7, &[1], false).differs_only_in_vips(&way(7, &[1], true)));
+    }
 
     #[test]
     fn a_route_takes_the_keys_that_another_address_of_its_container_gave_up() {

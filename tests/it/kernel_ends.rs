@@ -40,7 +40,7 @@ fn is_aborted(process: &Process) -> Result<()> {
 
 fn series(port: u16, outcome: &str) -> String {
     format!(
-        "embassy_route_connections_total{{consumer=\"app\",service=\"/services/web\",port=\"{port}\",outcome=\"{outcome}\"}}"
+        "embassy_route_connections_total{{consumer=\"app\",service=\"/services/web\",port=\"{port}\",protocol=\"tcp\",outcome=\"{outcome}\"}}"
     )
 }
 

@@ -99,8 +99,8 @@ pub struct Status {
     pub consumers: usize,
     /// Routes in the table: one for each consumer address and declared port.
     pub routes: usize,
-    /// Routes by the reason of their path. `possible` and `proved`: the kernel path; all others: the proxy.
-    pub paths: BTreeMap<PathReason, u64>,
+    /// Routes by their path, and by its reason.
+    pub paths: BTreeMap<Path, BTreeMap<PathReason, u64>>,
     /// Routes without a usable endpoint.
     pub routes_without_endpoint: usize,
     /// Routes that work, with a problem.

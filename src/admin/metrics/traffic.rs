@@ -46,13 +46,14 @@ impl Port<'_> {
 }
 
 pub(super) fn routes(out: &mut Families<'_, '_>, table: &Table, paths: &Paths) -> fmt::Result {
-    let counts = paths.counts(table.routes().len());
+    let counts = paths.counts(table.routes().map(|route| &route.key));
     let mut by_reason =
         out.gauges("routes_by_path", "Routes by the path of their connections, and why", None)?;
-    for (reason, count) in counts {
-        let path = reason.path().as_str();
-        let labels = Labels::new([("path", path), ("reason", reason.as_str())]);
-        by_reason.gauge(&labels, count as f64)?;
+    for (path, counts) in counts {
+        for (reason, count) in counts {
+            let labels = Labels::new([("path", path.as_str()), ("reason", reason.as_str())]);
+            by_reason.gauge(&labels, count as f64)?;
+        }
     }
     let mut ports: BTreeMap<_, Port<'_>> = BTreeMap::new();
     for route in table.routes() {
