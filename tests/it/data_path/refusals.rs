@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use testbed::{Container, Embassy, Host};
 
 use super::{ETCD, ended, vip, wait_ended};
@@ -60,20 +60,29 @@ fn what_means_no_route_is_reset_and_counted_and_leaks_nothing() -> Result<()> {
     for (_, from, target, _) in &refusals {
         from.get(target).times(100).at_once(8).run()?;
     }
-    let descriptors = descriptors(&embassy)?;
-    for (reason, from, target, _) in &refusals {
-        let answers = from.get(target).times(500).at_once(8).run()?;
-        assert_eq!((answers.answered(), answers.failed()), (0, 500), "{reason}: {answers:?}");
-        assert!(!answers.failures.contains_key("read: timeout"), "{reason}: {answers:?}");
-        assert_eq!(ended(&embassy, reason)?, 601, "{reason}");
+    // Nor is what one of them opens later, the first time that it is in doubt: a leak shows in every round.
+    let mut rounds = 1..=3;
+    loop {
+        let round = rounds.next().context("a round")?;
+        let before = descriptors(&embassy)?;
+        for (reason, from, target, _) in &refusals {
+            let answers = from.get(target).times(500).at_once(8).run()?;
+            assert_eq!((answers.answered(), answers.failed()), (0, 500), "{reason}: {answers:?}");
+            assert!(!answers.failures.contains_key("read: timeout"), "{reason}: {answers:?}");
+            assert_eq!(ended(&embassy, reason)?, 101 + 500 * round, "{reason}");
+        }
+        let leaked = || {
+            let now = descriptors(&embassy)?;
+            let count = |kinds: &Descriptors| kinds.values().sum::<usize>();
+            ensure!(count(&now) <= count(&before), "before: {before:?}, after: {now:?}");
+            Ok(())
+        };
+        match testbed::eventually(WAIT, "as few descriptors as before", leaked) {
+            Ok(()) => break,
+            Err(error) if rounds.is_empty() => return Err(error),
+            Err(_) => {}
+        }
     }
-    let leaked = || {
-        let now = self::descriptors(&embassy)?;
-        let count = |kinds: &Descriptors| kinds.values().sum::<usize>();
-        ensure!(count(&now) <= count(&descriptors), "before: {descriptors:?}, after: {now:?}");
-        Ok(())
-    };
-    testbed::eventually(WAIT, "as few descriptors as before", leaked)?;
     assert_eq!(app.get(vip(80)).run()?.from("web"), 1);
     Ok(())
 }
