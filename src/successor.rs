@@ -162,14 +162,14 @@ fn launch(program: &OsStr, words: &[OsString]) -> io::Result<u32> {
     // What it has as its input shows the one before that it lives.
     command.args(words).stdin(Stdio::inherit());
     let started = match has_file_capabilities(Path::new(SELF)) {
-        // Whoever may run this file would give them to any program. The new program's file has its own.
+        // Otherwise every user who may run this file could give them to any program. The new program's file has its own.
         true => command.spawn(),
         false => privileges::hand_down(|| command.spawn()),
     };
     Ok(started?.id())
 }
 
-/// Whether whoever runs the file has its capabilities (man 7 capabilities).
+/// Whether a user who runs the file gets its capabilities (man 7 capabilities).
 fn has_file_capabilities(file: &Path) -> bool {
     // Its value takes 24 bytes at most.
     let mut value = [0; 64];

@@ -175,7 +175,7 @@ fn own_number() -> u32 {
 }
 
 async fn send(address: &SocketAddr, text: &[u8]) -> io::Result<()> {
-    // One for each message: the supervisor may have opened its socket anew.
+    // One for each message: the supervisor may have opened its socket again.
     let socket = UnixDatagram::unbound()?;
     socket.set_nonblocking(true)?;
     socket.connect_addr(address)?;

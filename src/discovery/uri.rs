@@ -287,7 +287,7 @@ fn dns(rest: &str) -> Result<Dns, String> {
         if name != "hold" {
             return Err(format!("unknown parameter {name:?}: expected hold or loopback"));
         }
-        // At most a day: whoever keeps addresses longer does not need DNS.
+        // At most a day: a longer time would be of no use with DNS.
         let seconds = value.strip_suffix('s').unwrap_or(&value).parse().ok();
         let seconds = seconds.filter(|seconds| *seconds <= 24 * 60 * 60);
         let wrong = || format!("hold={value}: expected seconds from 0 to 86400");

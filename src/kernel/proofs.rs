@@ -120,7 +120,7 @@ impl Proofs {
         now: Instant,
     ) -> bool {
         self.under_way = self.under_way.saturating_sub(1);
-        // Gone meanwhile, or asked for anew.
+        // It ended meanwhile, or was requested again.
         let of_consumer = self.known.get_mut(consumer);
         let Some(proof) = of_consumer.and_then(|known| known.get_mut(&endpoint)) else {
             return false;

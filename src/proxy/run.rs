@@ -147,7 +147,7 @@ mod tests {
                 of_workers.len() == workers && of_workers.iter().all(|n| *n > 0),
                 "{of_workers:?}"
             );
-            // As a table would let them in: here they are refused, by whoever accepts them.
+            // As with a table that has their routes. Here the worker that accepts them refuses them.
             let port = proxy.addresses[0].port();
             for _ in 0..20 {
                 // The reset may be quicker than the answer.
