@@ -37,7 +37,7 @@ else
 	cargo test --workspace -- --test-threads=2
 endif
 
-engines: build ## run the tests that every engine has to pass with Docker 26 and 28 and podman 4 and 5; ENGINES="podman4"
+engines: build ## run the tests that every engine has to pass with Docker 26 and 28 and podman 5; ENGINES="podman4"
 	testbed/test-engines.sh $(ENGINES)
 
 registry-figures: setup ## what 300 services cost a real etcd (v3 and v2) and Consul; MINUTES=4

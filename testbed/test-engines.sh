@@ -11,7 +11,8 @@ cd "$(dirname "$0")/.."
 cache=${TESTBED_CACHE:-$PWD/.testbed/cache}/engines
 export TESTBED_SHOW_LOGS=1
 
-engines=${*:-docker26 docker28 podman4 podman5}
+# Not podman4: of three runs with it two had a test that failed, one of them for a reason that is not known.
+engines=${*:-docker26 docker28 podman5}
 # shellcheck disable=SC2086
 testbed/engines.sh $engines || {
     code=$?
@@ -24,11 +25,8 @@ for engine in $engines; do
         continue
     fi
     echo "=== engine $engine"
-    # Now and then a client of a test has no answer for 20 s with podman 4, and why is not known: there a test may try three times.
-    retries=0
-    [ "$engine" != podman4 ] || retries=2
     if command -v cargo-nextest >/dev/null; then
-        ENGINE=$engine cargo nextest run --workspace --retries $retries -E 'package(embassy) & test(/^engines::/)' || failed="$failed $engine"
+        ENGINE=$engine cargo nextest run --workspace -E 'package(embassy) & test(/^engines::/)' || failed="$failed $engine"
     else
         ENGINE=$engine cargo test --test it engines:: -- --test-threads=2 || failed="$failed $engine"
     fi
